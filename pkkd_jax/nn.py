@@ -1,0 +1,222 @@
+"""Layers: what the models, and a user's own, are made of."""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen
+from flax.linen.linear import canonicalize_padding
+from jax import Array, lax
+
+from pkkd_jax import names
+from pkkd_jax.ops.adder import adder_conv
+
+
+@flax.struct.dataclass
+class Outputs:
+    """What every network returns.
+
+    Attributes:
+      logits: `[batch, num_classes]`, float32.
+      features: tap name -> raw output of that convolution before BatchNorm, `[batch, height, width,
+        channels]`, in forward order; `penultimate` is the classifier's input, `[batch, channels]`.
+    """
+
+    logits: Array
+    features: dict[str, Array]
+
+    def __post_init__(self):
+        # JAX sorts the keys of a dict, and keeps the order of an OrderedDict.
+        if type(self.features) is dict:
+            object.__setattr__(self, "features", OrderedDict(self.features))
+
+
+class AdderConv(linen.Module):
+    """Adder convolution: `flax.linen.Conv` with `pkkd_jax.ops.adder.adder_conv` as its operation.
+
+    The fields are those of `linen.Conv`, of which it takes what an adder has a meaning for, and:
+    an int `kernel_size` is square, the parameter is named `filters`, and starts from N(0, 1).
+
+    Attributes:
+      features: number of filters.
+      kernel_size, strides, kernel_dilation: an int or (height, width).
+      padding: "SAME", "VALID", an int, or for each dimension an int or a (low, high) pair.
+      feature_group_count: groups, each of which sees its share of the channels only.
+      use_bias, bias_init: whether a bias is added, and its start.
+      dtype: of the computation; None infers it from input and parameters.
+      param_dtype: of the parameters.
+      promote_dtype: brings input, filters and bias to one dtype.
+      input_dilation, mask, precision, conv_general_dilated(_cls): their defaults only.
+      input_gradient: surrogate for the gradient of the input, see `adder_conv`.
+    Raises:
+      ValueError: when made with a field that it cannot honour.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int]
+    strides: int | Sequence[int] | None = 1
+    padding: str | int | Sequence[int | tuple[int, int]] = "SAME"
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
+    feature_group_count: int = 1
+    use_bias: bool = True
+    mask: Array | None = None
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Callable = linen.initializers.normal(stddev=1.0)
+    bias_init: Callable = linen.initializers.zeros_init()
+    promote_dtype: Callable = linen.dtypes.promote_dtype
+    conv_general_dilated: Callable | None = None
+    conv_general_dilated_cls: Any = None
+    input_gradient: str = "hardtanh"
+
+    def __post_init__(self):
+        super().__post_init__()
+        for argument in ("kernel_size", "strides", "kernel_dilation"):
+            _pair(argument, getattr(self, argument))
+        if _pair("input_dilation", self.input_dilation) != (1, 1):
+            raise _refused("input_dilation", self.input_dilation, "1")
+        if isinstance(self.padding, str) and self.padding not in ("SAME", "VALID"):
+            allowed = '"SAME", "VALID", an int, or for each dimension an int or a (low, high) pair'
+            raise _refused("padding", self.padding, allowed)
+        if self.precision not in (None, "default", lax.Precision.DEFAULT):
+            raise _refused("precision", self.precision, "None: additions are as exact as the dtype")
+        for argument in ("mask", "conv_general_dilated", "conv_general_dilated_cls"):
+            if getattr(self, argument) is not None:
+                raise _refused(argument, getattr(self, argument), "None")
+
+    @linen.compact
+    def __call__(self, inputs: Array) -> Array:
+        """Maps `[*batch, height, width, c_in]` to `[*batch, height', width', features]`."""
+        groups, channels = self.feature_group_count, inputs.shape[-1]
+        if inputs.ndim < 3:
+            raise ValueError(f"AdderConv: {inputs.shape=}; allowed: [*batch, height, width, c_in]")
+        if channels % groups or self.features % groups:
+            allowed = f"a divisor of {channels} channels in and of {self.features} features"
+            raise _refused("feature_group_count", groups, allowed)
+        shape = (*_pair("kernel_size", self.kernel_size), channels // groups, self.features)
+        filters = self.param("filters", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+        x, filters, bias = self.promote_dtype(inputs, filters, bias, dtype=self.dtype)
+        batch = x.shape[:-3]
+        y = adder_conv(
+            x.reshape(math.prod(batch), *x.shape[-3:]),
+            filters,
+            strides=_pair("strides", self.strides),
+            padding=canonicalize_padding(self.padding, 2),
+            kernel_dilation=_pair("kernel_dilation", self.kernel_dilation),
+            feature_group_count=groups,
+            input_gradient=self.input_gradient,
+        )
+        y = y.reshape(*batch, *y.shape[1:])
+        return y if bias is None else y + bias
+
+
+def _refused(argument: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(
+        f"AdderConv: {argument}={value!r} is not supported; allowed: {allowed}."
+        " Use flax.linen.Conv where you need it."
+    )
+
+
+def _pair(argument: str, value: int | Sequence[int] | None) -> tuple[int, int]:
+    value = 1 if value is None else value
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or min(pair) < 1:
+        raise _refused(argument, value, "a positive int or two (height, width)")
+    return pair
+
+
+CONVOLUTIONS = {"conv": linen.Conv, "adder": AdderConv}
+
+
+def convolution(name: str) -> Callable[..., linen.Module]:
+    """The convolution that a model's field `conv` names.
+
+    Args:
+      name: "conv", "adder", or the dotted path of a user's own, called with the keywords of
+        `linen.Conv`.
+    Raises:
+      UserError: if there is no such name.
+    """
+    if "." in name:
+        return names.resolve(__package__, name, "convolution")
+    if name not in CONVOLUTIONS:
+        raise names.unknown("convolution", name, CONVOLUTIONS)
+    return CONVOLUTIONS[name]
+
+
+class Network(linen.Module):
+    """What the package's models share: fields, layers and classifier.
+
+    Attributes:
+      num_classes: number of logits.
+      conv: name of the convolution in every place but the first, see `convolution`.
+      bn_axis_name: device axis over which BatchNorm's batch statistics are averaged.
+      dtype: of the computation; the logits are float32 in any case.
+      dropout: rate before the classifier, in training only; needs a "dropout" key where not 0.
+    """
+
+    num_classes: int
+    conv: str = "conv"
+    bn_axis_name: str | None = None
+    dtype: Any = jnp.float32
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        convolution(self.conv)
+
+    def layers(self, train: bool) -> tuple[Callable, Callable, Callable]:
+        """Makers of the ordinary convolution, the swapped one and BatchNorm."""
+        he_normal = linen.initializers.variance_scaling(2.0, "fan_out", "normal")
+        shared = {"use_bias": False, "dtype": self.dtype}
+        ordinary = partial(linen.Conv, kernel_init=he_normal, **shared)
+        swapped = convolution(self.conv)
+        swapped = ordinary if swapped is linen.Conv else partial(swapped, **shared)
+        norm = partial(
+            linen.BatchNorm,
+            use_running_average=not train,
+            momentum=0.9,
+            epsilon=1e-5,
+            dtype=self.dtype,
+            axis_name=self.bn_axis_name,
+            # Adder outputs have a mean far from 0, where E[x^2] - E[x]^2 cancels.
+            use_fast_variance=False,
+        )
+        return ordinary, swapped, norm
+
+    def classify(
+        self, x: Array, features: dict[str, Array], *, train: bool, use_bias: bool = True
+    ) -> Outputs:
+        """Classifier with BatchNorm on the logits, on `x` of `[batch, channels]`."""
+        norm = self.layers(train)[2]
+        dropped = linen.Dropout(self.dropout, deterministic=not train)(x)
+        logits = linen.Dense(
+            self.num_classes, use_bias=use_bias, dtype=self.dtype, name="classifier"
+        )(dropped)
+        logits = norm(dtype=jnp.float32, name="classifier_bn")(logits)
+        return Outputs(logits, {**features, "penultimate": x})
+
+
+def max_pool(x: Array) -> Array:
+    """Halves height and width."""
+    return linen.max_pool(x, (2, 2), (2, 2))
+
+
+def check_images(images: Array | jax.ShapeDtypeStruct, smallest: int) -> None:
+    """Refuses what is not a batch of images of at least `smallest` pixels a side."""
+    if len(images.shape) != 4 or min(images.shape[1:3]) < smallest:
+        raise names.UserError(
+            f"images of shape {images.shape}: this network takes [batch, height, width, channels]"
+            f" with height and width at least {smallest}, or its strides leave no pixel;"
+            " resize the images or choose a network with fewer strides"
+        )

@@ -1,0 +1,1 @@
+"""Operations: `adder.py` is the adder convolution, with one file a backend beside it."""
