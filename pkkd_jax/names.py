@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterable
 
@@ -55,3 +56,14 @@ def resolve(package: str, name: str, kind: str) -> Callable:
     if name not in known:
         raise unknown(kind, name, known)
     return getattr(importlib.import_module(known[name]), name)
+
+
+def call(package: str, name: str, kind: str, **arguments):
+    """Resolves `name` and calls it; a keyword that it does not take is the user's mistake."""
+    function = resolve(package, name, kind)
+    parameters = inspect.signature(function).parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for key in arguments:
+            if key not in parameters:
+                raise unknown(f"argument of {kind} {name!r}:", key, parameters)
+    return function(**arguments)

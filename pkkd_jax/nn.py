@@ -10,7 +10,6 @@ import flax
 import jax
 import jax.numpy as jnp
 from flax import linen
-from flax.linen.linear import canonicalize_padding
 from jax import Array, lax
 
 from pkkd_jax import names
@@ -54,7 +53,7 @@ class AdderConv(linen.Module):
       input_dilation, mask, precision, conv_general_dilated(_cls): their defaults only.
       input_gradient: surrogate for the gradient of the input, see `adder_conv`.
     Raises:
-      ValueError: when made with a field that it cannot honour.
+      ValueError: for a field that it cannot honour; the message prints it.
     """
 
     features: int
@@ -78,29 +77,28 @@ class AdderConv(linen.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        for argument in ("kernel_size", "strides", "kernel_dilation"):
-            _pair(argument, getattr(self, argument))
-        if _pair("input_dilation", self.input_dilation) != (1, 1):
-            raise _refused("input_dilation", self.input_dilation, "1")
-        if isinstance(self.padding, str) and self.padding not in ("SAME", "VALID"):
-            allowed = '"SAME", "VALID", an int, or for each dimension an int or a (low, high) pair'
-            raise _refused("padding", self.padding, allowed)
+        if self.input_dilation not in (None, 1, (1, 1)):
+            raise self._refused("input_dilation", "1")
         if self.precision not in (None, "default", lax.Precision.DEFAULT):
-            raise _refused("precision", self.precision, "None: additions are as exact as the dtype")
+            raise self._refused("precision", "None, since the operation only adds")
         for argument in ("mask", "conv_general_dilated", "conv_general_dilated_cls"):
             if getattr(self, argument) is not None:
-                raise _refused(argument, getattr(self, argument), "None")
+                raise self._refused(argument, "None")
+
+    def _refused(self, argument: str, allowed: str) -> ValueError:
+        return ValueError(
+            f"AdderConv: {argument}={getattr(self, argument)!r}; allowed: {allowed};"
+            " use flax.linen.Conv where you need it"
+        )
 
     @linen.compact
     def __call__(self, inputs: Array) -> Array:
         """Maps `[*batch, height, width, c_in]` to `[*batch, height', width', features]`."""
-        groups, channels = self.feature_group_count, inputs.shape[-1]
-        if inputs.ndim < 3:
-            raise ValueError(f"AdderConv: {inputs.shape=}; allowed: [*batch, height, width, c_in]")
-        if channels % groups or self.features % groups:
-            allowed = f"a divisor of {channels} channels in and of {self.features} features"
-            raise _refused("feature_group_count", groups, allowed)
-        shape = (*_pair("kernel_size", self.kernel_size), channels // groups, self.features)
+        size = self.kernel_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        if len(size) != 2 or min(size) < 1:
+            raise self._refused("kernel_size", "a positive int or two, (height, width)")
+        shape = (*size, inputs.shape[-1] // self.feature_group_count, self.features)
         filters = self.param("filters", self.kernel_init, shape, self.param_dtype)
         bias = None
         if self.use_bias:
@@ -110,29 +108,14 @@ class AdderConv(linen.Module):
         y = adder_conv(
             x.reshape(math.prod(batch), *x.shape[-3:]),
             filters,
-            strides=_pair("strides", self.strides),
-            padding=canonicalize_padding(self.padding, 2),
-            kernel_dilation=_pair("kernel_dilation", self.kernel_dilation),
-            feature_group_count=groups,
+            strides=1 if self.strides is None else self.strides,
+            padding=self.padding,
+            kernel_dilation=1 if self.kernel_dilation is None else self.kernel_dilation,
+            feature_group_count=self.feature_group_count,
             input_gradient=self.input_gradient,
         )
         y = y.reshape(*batch, *y.shape[1:])
         return y if bias is None else y + bias
-
-
-def _refused(argument: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(
-        f"AdderConv: {argument}={value!r} is not supported; allowed: {allowed}."
-        " Use flax.linen.Conv where you need it."
-    )
-
-
-def _pair(argument: str, value: int | Sequence[int] | None) -> tuple[int, int]:
-    value = 1 if value is None else value
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2 or min(pair) < 1:
-        raise _refused(argument, value, "a positive int or two (height, width)")
-    return pair
 
 
 CONVOLUTIONS = {"conv": linen.Conv, "adder": AdderConv}

@@ -83,7 +83,7 @@ def adder_conv(
 
 
 def _vary_together(*arrays):
-    axes = [frozenset(getattr(jax.typeof(a), "vma", ())) for a in arrays]
+    axes = [geometry_lib.varying_axes(a) for a in arrays]
     union = frozenset().union(*axes)
     return tuple(
         lax.pcast(a, tuple(union - own), to="varying") if union - own else a

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 from jax import lax
 
 INPUT_GRADIENTS = ("hardtanh", "sign", "full")
@@ -37,6 +38,11 @@ class Geometry:
             )
         )
         return (x_shape[0], *spatial, w_shape[3])
+
+
+def varying_axes(array: jax.Array) -> frozenset[str]:
+    """Mesh axes over which `array` varies inside shard_map with check_vma; none elsewhere."""
+    return getattr(getattr(jax.typeof(array), "manual_axis_type", None), "varying", frozenset())
 
 
 def _pair(name: str, value) -> Pair:

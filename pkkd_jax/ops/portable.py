@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pkkd_jax.ops.geometry import DIMENSIONS, Geometry
+from pkkd_jax.ops.geometry import DIMENSIONS, Geometry, varying_axes
 
 # Channels in one loop body: 16 was the fastest of 4 to 32 on AVX-512.
 BLOCK = 16
@@ -40,7 +40,7 @@ def _pad_or_crop(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) 
 def _accumulate(trips: int, body, like: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Sums `body` into zeros of `shape` that vary over the same mesh axes as `like`."""
     zeros = jnp.zeros(shape, jnp.float32)
-    axes = tuple(getattr(jax.typeof(like), "vma", ()))
+    axes = tuple(varying_axes(like))
     if axes:
         zeros = lax.pcast(zeros, axes, to="varying")
     return lax.fori_loop(0, trips, body, zeros)

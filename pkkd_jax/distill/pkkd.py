@@ -1,0 +1,199 @@
+"""Progressive kernel-based knowledge distillation: features matched in a kernel space."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pkkd_jax.distill import Distiller
+from pkkd_jax.names import UserError, unknown
+
+__all__ = ["pkkd"]
+
+# Examples of a device that the effective ranks are estimated from: they cost a convolution each.
+RANK_EXAMPLES = 32
+
+
+def laplacian_kernel(z: jax.Array, log_sigma2: jax.Array, max_exponent: float) -> jax.Array:
+    """`exp(z / (2 sigma^2))` of `z = -||x - f||_1` in float32, exponent not below -max_exponent."""
+    exponent = z.astype(jnp.float32) / (2 * jnp.exp(log_sigma2))
+    return jnp.exp(jnp.maximum(exponent, -max_exponent))
+
+
+def dot_product_kernel(z: jax.Array, log_sigma2: jax.Array, max_exponent: float) -> jax.Array:
+    """`exp(z / (2 sigma^2))` of `z = x * f` in float32, exponent within +-max_exponent.
+
+    It is the Gaussian kernel of patch and filter once their norms are divided out.
+    """
+    exponent = z.astype(jnp.float32) / (2 * jnp.exp(log_sigma2))
+    return jnp.exp(jnp.clip(exponent, -max_exponent, max_exponent))
+
+
+def normalise(z: jax.Array, axis_name: str | None) -> jax.Array:
+    """BatchNorm without affine and without running statistics, over the global batch."""
+    mean = _mean(z.mean((0, 1, 2)), axis_name)
+    centred = z - mean
+    variance = _mean(jnp.square(centred).mean((0, 1, 2)), axis_name)
+    return centred * lax.rsqrt(variance + 1e-5)
+
+
+def effective_rank(features: jax.Array, axis_name: str | None) -> jax.Array:
+    """Participation ratio `tr(C)^2 / tr(C^2)` of the channels' second moments, in [1, channels]."""
+    flat = lax.stop_gradient(features[:RANK_EXAMPLES]).reshape(-1, features.shape[-1])
+    moments = _mean(flat.T @ flat / flat.shape[0], axis_name)
+    return jnp.square(jnp.trace(moments)) / jnp.maximum(jnp.square(moments).sum(), 1e-12)
+
+
+def select_taps(features, taps: str) -> list[str]:
+    """Names of the taps that `taps` stands for, in forward order; stem and penultimate never.
+
+    Args:
+      features: mapping whose keys are tap names.
+      taps: "all"; "block_ends", the last convolution of each block (each convolution of a network
+        without blocks); "stage_ends", the last of each stage; or names with commas between.
+    Raises:
+      UserError: for a name that is no tap; the message has the nearest right one.
+    """
+    inner = [t for t in features if t not in ("stem", "penultimate")]
+    if taps == "all":
+        return inner
+    if taps in ("block_ends", "stage_ends"):
+        pattern = r"(.*)\.conv\d+$" if taps == "block_ends" else r"(stage\d+)\..*\.conv\d+$"
+        last = {}
+        for tap in inner:
+            match = re.match(pattern, tap)
+            if match:
+                last[match.group(1)] = tap
+        return list(last.values()) or inner
+    chosen = [tap.strip() for tap in taps.split(",")]
+    for tap in chosen:
+        if tap not in features:
+            raise unknown("tap", tap, [*features, "all", "block_ends", "stage_ends"])
+    return chosen
+
+
+def pkkd(
+    taps: str = "block_ends",
+    kernel: bool = True,
+    shared_sigma: bool = False,
+    initial_sigma: float = 0.0,
+    learn_sigma_student: bool = True,
+    learn_sigma_teacher: bool = False,
+    learn_rho_student: bool = True,
+    learn_rho_teacher: bool = False,
+    batch_norm: bool = True,
+    max_exponent: float = 30.0,
+) -> Distiller:
+    """Matches responses of adder and ordinary convolutions after a kernel and a 1x1 convolution.
+
+        h = exp(z_a / (2 sigma_a^2))        z_a = -||x_a - f_a||_1, the student's raw response
+        g = exp(z_c / (2 sigma_c^2))        z_c = x_c * f_c, the teacher's
+        loss = mean over taps of mse(rho_a(h), rho_c(g))
+
+    rho is BatchNorm without affine, where it learns a 1x1 convolution (identity at the start), and
+    another BatchNorm. If both rhos learn, the loss has degenerate solutions: watch the effective
+    ranks. Everything here is float32, and nothing of it is left at inference.
+
+    Args:
+      taps: "block_ends", "stage_ends", "all", or tap names with commas between.
+      kernel: False compares the raw responses (the paper's NK rows).
+      shared_sigma: one sigma for all taps of a network instead of one for each tap.
+      initial_sigma: both sigmas at the start; 0 takes them from the first batch:
+        sigma_a^2 = mean |z_a| / 2 and sigma_c^2 = std(z_c) / 2.
+      learn_sigma_student: whether sigma_a learns.
+      learn_sigma_teacher: whether sigma_c learns.
+      learn_rho_student: whether rho_a has its 1x1 convolution.
+      learn_rho_teacher: whether rho_c has one.
+      batch_norm: whether rho normalises.
+      max_exponent: bound on the kernels' exponents, which saturate there.
+    Returns:
+      A `Distiller` with parameters `{"sigma": ..., "rho": ...}`. Its metrics are `loss_mid`, and
+      for each tap sigma_student, sigma_teacher, rank_student, rank_teacher (effective ranks of the
+      two sides) and underflow (share of h at the bound).
+    Raises:
+      UserError: for arguments out of range; when applied, for taps whose shapes do not match.
+    References:
+      Xu et al., Kernel Based Progressive Distillation for Adder Neural Networks, NeurIPS 2020,
+      Eqs. 6-12.
+    """
+    if not max_exponent > 0:
+        raise UserError(f"{max_exponent=} of loss 'pkkd': it must be above 0, for example 30.0")
+    if initial_sigma < 0:
+        raise UserError(f"{initial_sigma=} of loss 'pkkd': it must be 0 (from data) or above")
+    learns = {"student": learn_rho_student, "teacher": learn_rho_teacher}
+
+    def pairs(student, teacher):
+        chosen = select_taps(student.features, taps)
+        for tap in chosen:
+            a = student.features[tap].shape
+            c = teacher.features[tap].shape if tap in teacher.features else None
+            if c is None or a[:3] != c[:3] or (a[3] != c[3] and not any(learns.values())):
+                raise UserError(
+                    f"loss 'pkkd' at tap {tap!r}: the student's shape is {a}, the teacher's"
+                    f" {c or 'missing'}; choose taps that both have at one size, for example"
+                    " taps=stage_ends, or networks of one depth"
+                )
+        return {tap: (student.features[tap], teacher.features[tap]) for tap in chosen}
+
+    def init(key, student, teacher):
+        del key
+        found = pairs(student, teacher)
+        params = {"rho": {}, "sigma": {}}
+        for tap, (z_a, z_c) in found.items():
+            channels_a, channels_c = z_a.shape[-1], z_c.shape[-1]
+            rho = {}
+            if learns["student"]:
+                rho["student"] = jnp.eye(channels_a, channels_c)
+            if learns["teacher"]:
+                width = channels_c if learns["student"] else channels_a
+                rho["teacher"] = jnp.eye(channels_c, width)
+            params["rho"][tap] = rho
+            sigma2 = {
+                "student": jnp.abs(z_a.astype(jnp.float32)).mean() / 2,
+                "teacher": z_c.astype(jnp.float32).std() / 2,
+            }
+            if initial_sigma:
+                sigma2 = dict.fromkeys(sigma2, jnp.float32(initial_sigma**2))
+            params["sigma"][tap] = {side: jnp.log(v + 1e-12) for side, v in sigma2.items()}
+        if shared_sigma:
+            mean = jax.tree.map(lambda *v: jnp.stack(v).mean(), *params["sigma"].values())
+            params["sigma"] = {"shared": mean}
+        return params if kernel else {"rho": params["rho"]}
+
+    def rho(z, weights, axis_name):
+        z = normalise(z, axis_name) if batch_norm else z
+        if weights is None:
+            return z
+        z = z @ weights
+        return normalise(z, axis_name) if batch_norm else z
+
+    def apply(params, student, teacher, axis_name):
+        found = pairs(student, teacher)
+        losses, metrics = [], {}
+        for tap, (z_a, z_c) in found.items():
+            z_a, z_c = z_a.astype(jnp.float32), z_c.astype(jnp.float32)
+            if kernel:
+                sigma = params["sigma"]["shared" if shared_sigma else tap]
+                log_a = sigma["student"] if learn_sigma_student else lax.stop_gradient(sigma["student"])
+                log_c = sigma["teacher"] if learn_sigma_teacher else lax.stop_gradient(sigma["teacher"])
+                z_a = laplacian_kernel(z_a, log_a, max_exponent)
+                z_c = dot_product_kernel(z_c, log_c, max_exponent)
+                floor = jnp.exp(jnp.float32(-max_exponent)) * (1 + 1e-5)
+                metrics[f"underflow/{tap}"] = (z_a <= floor).mean()
+                metrics[f"sigma_student/{tap}"] = jnp.exp(log_a / 2)
+                metrics[f"sigma_teacher/{tap}"] = jnp.exp(log_c / 2)
+            weights = params["rho"][tap]
+            a = rho(z_a, weights.get("student"), axis_name)
+            c = rho(z_c, weights.get("teacher"), axis_name)
+            losses.append(jnp.square(a - c).mean())
+            metrics[f"rank_student/{tap}"] = effective_rank(a, axis_name)
+            metrics[f"rank_teacher/{tap}"] = effective_rank(c, axis_name)
+        loss = jnp.stack(losses).mean()
+        return loss, {"loss_mid": loss, **metrics}
+
+    return Distiller(init, apply)
+
+
+def _mean(value: jax.Array, axis_name: str | None) -> jax.Array:
+    return value if axis_name is None else lax.pmean(value, axis_name)

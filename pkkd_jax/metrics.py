@@ -1,0 +1,53 @@
+"""Where figures go: `metrics.jsonl` and TensorBoard events in the run directory."""
+
+import json
+import logging
+from pathlib import Path
+
+logging.getLogger("tensorboardX").setLevel(logging.ERROR)
+
+
+class Writer:
+    """Appends one row a call to `metrics.jsonl`, and the same figures to TensorBoard.
+
+    A run that resumes at step `resume_step` forgets the rows after it: they will come again.
+
+    Attributes:
+      last: the last row that was kept, `{}` in a new run.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int):
+        from tensorboardX import SummaryWriter
+
+        path = run_dir / "metrics.jsonl"
+        kept = [row for row in read(run_dir) if row["step"] <= resume_step]
+        self.last = kept[-1] if kept else {}
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        replacement.replace(path)
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
+
+    def write(self, step: int, row: dict[str, float]) -> None:
+        """Writes `row` under `step`; names are paths, `test/student/accuracy`."""
+        self._file.write(json.dumps({"step": step, **row}) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            self._events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flushes and closes both."""
+        self._file.close()
+        self._events.close()
+
+
+def read(run_dir: Path) -> list[dict[str, float]]:
+    """Rows of a run's `metrics.jsonl`, oldest first; a last line cut off by a kill is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

@@ -1,0 +1,102 @@
+"""Optimisers and schedules; adder filters get the adaptive learning rate of AdderNet."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from pkkd_jax.names import UserError, unknown
+
+
+def is_adder_filter(path) -> bool:
+    """Whether a parameter's path ends in `filters`, the name that AdderConv gives its own."""
+    return bool(path) and getattr(path[-1], "key", None) == "filters"
+
+
+def scale_by_adder_norm(eta: float = 0.2) -> optax.GradientTransformation:
+    """Normalises each adder filter's gradient: the adaptive learning rate of adder networks.
+
+        g <- g * eta * sqrt(k) / max(||g||_2, 1e-12),   k = number of elements of the filter
+
+    It touches parameters named `filters` only. It must see the mean gradient over devices and
+    accumulated micro-batches, and stand before weight decay and momentum.
+
+    Args:
+      eta: the norm of a scaled gradient is `eta * sqrt(k)`.
+    References:
+      Chen et al., AdderNet, CVPR 2020, Eq. 13.
+    """
+
+    def scale(path, g):
+        if not is_adder_filter(path):
+            return g
+        norm = jnp.maximum(jnp.linalg.norm(g.astype(jnp.float32).ravel()), 1e-12)
+        return (g * (eta * g.size**0.5 / norm)).astype(g.dtype)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scale, updates))
+
+
+def schedule(
+    name: str, learning_rate: float, total_steps: int, warmup_steps: int = 0
+) -> optax.Schedule:
+    """Learning rate by step: a linear warm-up, then a cosine to zero or a constant."""
+    rest = max(1, total_steps - warmup_steps)
+    kinds = {
+        "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest),
+        "constant": lambda: optax.constant_schedule(learning_rate),
+    }
+    if name not in kinds:
+        raise unknown("schedule", name, kinds)
+    if warmup_steps == 0:
+        return kinds[name]()
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.join_schedules([warmup, kinds[name]()], [warmup_steps])
+
+
+def build(
+    total_steps: int,
+    *,
+    name: str = "sgd",
+    learning_rate: float = 0.1,
+    schedule_name: str = "cosine",
+    warmup_steps: int = 0,
+    weight_decay: float = 5e-4,
+    adder_eta: float = 0.2,
+    **arguments,
+) -> optax.GradientTransformation:
+    """Any optax optimiser behind the adder scaling and L2 weight decay on every parameter.
+
+    Args:
+      total_steps: length of the schedule.
+      name: of a function of optax that takes `learning_rate`: "sgd", "adamw", "lion", ...
+      learning_rate: peak of the schedule.
+      schedule_name: "cosine" or "constant".
+      warmup_steps: of linear increase from zero.
+      weight_decay: times the parameter, added to the gradient; 0 for none.
+      adder_eta: of `scale_by_adder_norm`; 0 leaves it out.
+      **arguments: for the optax function, `momentum=0.9` for example.
+    Raises:
+      UserError: for an unknown optimiser, schedule or argument.
+    """
+    optimisers = {
+        key
+        for key, value in vars(optax).items()
+        if inspect.isfunction(value)
+        and next(iter(inspect.signature(value).parameters), None) == "learning_rate"
+    }
+    if name not in optimisers:
+        raise unknown("optimiser", name, optimisers)
+    allowed = inspect.signature(getattr(optax, name)).parameters
+    for key in arguments:
+        if key not in allowed:
+            raise unknown(f"argument of optimiser {name!r}:", key, allowed)
+    if learning_rate < 0:
+        raise UserError(f"{learning_rate=}: it must be 0 or above, for example 0.1")
+    rate = schedule(schedule_name, learning_rate, total_steps, warmup_steps)
+    parts = [getattr(optax, name)(rate, **arguments)]
+    if weight_decay:
+        parts.insert(0, optax.add_decayed_weights(weight_decay))
+    if adder_eta:
+        parts.insert(0, scale_by_adder_norm(adder_eta))
+    return optax.chain(*parts)
