@@ -110,9 +110,7 @@ def _fill(template, flat: dict[str, np.ndarray], name: str):
             f"the checkpoint's {name} is of another architecture: {sorted(differing)[0]} differs"
         )
     filled = {key: value if value is empty else flat[key] for key, value in wanted.items()}
-    return serialization.from_state_dict(
-        template, traverse_util.unflatten_dict(filled, sep=".")
-    )
+    return serialization.from_state_dict(template, traverse_util.unflatten_dict(filled, sep="."))
 
 
 def read_config(run_dir: str | Path) -> dict:
@@ -130,9 +128,7 @@ def read_config(run_dir: str | Path) -> dict:
     return json.loads(path.read_text())
 
 
-def load_network(
-    run_dir: str | Path, which: str = "student", step: str | int = "last", model=None
-):
+def load_network(run_dir: str | Path, which: str = "student", step: str | int = "last", model=None):
     """Loads one trained network from a run directory; the data set is not needed.
 
     Args:

@@ -33,7 +33,9 @@ def reference(x, w, dy, strides, padding, dilation, groups, input_gradient="hard
     for i, j, u, v in itertools.product(range(ho), range(wo), range(kh), range(kw)):
         row, column = i * strides[0] + u * dilation[0], j * strides[1] + v * dilation[1]
         for o in range(c_out):
-            channels = slice(o // (c_out // groups) * c_group, (o // (c_out // groups) + 1) * c_group)
+            channels = slice(
+                o // (c_out // groups) * c_group, (o // (c_out // groups) + 1) * c_group
+            )
             difference = padded[:, row, column, channels] - w[u, v, :, o]
             y[:, i, j, o] -= np.abs(difference).sum(1)
             if dy is not None:
@@ -122,8 +124,9 @@ def test_op_equals_float64_loops(case):
 @pytest.mark.parametrize("input_gradient", ["sign", "full"])
 def test_ablation_changes_dx_only(input_gradient):
     x, w = data((1, 7, 6, 3), (3, 3, 3, 4))
-    y, vjp = jax.vjp(functools.partial(adder_conv, strides=2, padding=1,
-                                       input_gradient=input_gradient), x, w)
+    y, vjp = jax.vjp(
+        functools.partial(adder_conv, strides=2, padding=1, input_gradient=input_gradient), x, w
+    )
     dy = jax.random.normal(jax.random.key(2), y.shape)
     expected = reference(x, w, dy, (2, 2), ((1, 1), (1, 1)), (1, 1), 1, input_gradient)
     for actual, wanted in zip((y, *vjp(dy)), expected, strict=True):
@@ -194,7 +197,9 @@ def grads(x, w):
 
 
 def assert_trees_close(actual, wanted):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, wanted)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), actual, wanted
+    )
 
 
 def test_jit_remat_and_no_jit_agree():
@@ -211,8 +216,11 @@ def test_jit_remat_and_no_jit_agree():
 
 def test_pmap_equals_one_device():
     x, w = data((4, 2, 6, 7, 3), (3, 3, 3, 4))
-    sharded = jax.pmap(lambda x, w: jax.tree.map(lambda a: lax.psum(a, "i"), grads(x, w)[1][1]),
-                       axis_name="i", in_axes=(0, None))(x, w)
+    sharded = jax.pmap(
+        lambda x, w: jax.tree.map(lambda a: lax.psum(a, "i"), grads(x, w)[1][1]),
+        axis_name="i",
+        in_axes=(0, None),
+    )(x, w)
     wanted = grads(x.reshape(8, 6, 7, 3), w)[1][1]
     np.testing.assert_allclose(sharded[0], wanted, rtol=1e-4, atol=1e-4)
 
@@ -229,8 +237,13 @@ def test_shard_map_equals_one_device(check_vma):
         return total, dx, dw if check_vma else lax.psum(dw, "i")
 
     mapped = jax.jit(
-        jax.shard_map(local, mesh=mesh, in_specs=(P("i"), P()), out_specs=(P(), P("i"), P()),
-                      check_vma=check_vma)
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=(P("i"), P()),
+            out_specs=(P(), P("i"), P()),
+            check_vma=check_vma,
+        )
     )
     value, (dx, dw) = grads(x, w)
     assert_trees_close(mapped(x, w), (value, dx, dw))

@@ -32,8 +32,14 @@ def build(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float, Dis
       UserError: for an unknown loss or keyword; the message has the nearest right one.
     """
     return {
-        name: (arguments["weight"], names.call("pkkd_jax.distill", name, "loss", **{
-            key: value for key, value in arguments.items() if key != "weight"
-        }))
+        name: (
+            arguments["weight"],
+            names.call(
+                "pkkd_jax.distill",
+                name,
+                "loss",
+                **{key: value for key, value in arguments.items() if key != "weight"},
+            ),
+        )
         for name, arguments in losses.items()
     }

@@ -175,8 +175,12 @@ def pkkd(
             z_a, z_c = z_a.astype(jnp.float32), z_c.astype(jnp.float32)
             if kernel:
                 sigma = params["sigma"]["shared" if shared_sigma else tap]
-                log_a = sigma["student"] if learn_sigma_student else lax.stop_gradient(sigma["student"])
-                log_c = sigma["teacher"] if learn_sigma_teacher else lax.stop_gradient(sigma["teacher"])
+                log_a = (
+                    sigma["student"] if learn_sigma_student else lax.stop_gradient(sigma["student"])
+                )
+                log_c = (
+                    sigma["teacher"] if learn_sigma_teacher else lax.stop_gradient(sigma["teacher"])
+                )
                 z_a = laplacian_kernel(z_a, log_a, max_exponent)
                 z_c = dot_product_kernel(z_c, log_c, max_exponent)
                 floor = jnp.exp(jnp.float32(-max_exponent)) * (1 + 1e-5)

@@ -142,7 +142,11 @@ def _batch(primitive, operands, axes, *, geometry: Geometry):
 
     if shared:
         x, w, *rest = operands
-        folded = [fold(x, axes[0], 0), w, *(fold(a, d, 0) for a, d in zip(rest, axes[2:], strict=True))]
+        folded = [
+            fold(x, axes[0], 0),
+            w,
+            *(fold(a, d, 0) for a, d in zip(rest, axes[2:], strict=True)),
+        ]
         return unfold(primitive.bind(*folded, geometry=geometry), 0)
     folded = [fold(a, d, 3) for a, d in zip(operands, axes, strict=True)]
     wider = Geometry(**{**vars(geometry), "groups": geometry.groups * size})

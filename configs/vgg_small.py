@@ -1,0 +1,18 @@
+"""PKKD with VGG-small on CIFAR-10, or CIFAR-100 with `:data=cifar100`, the recipe of the paper.
+
+    python -m pkkd_jax.main --config=configs/vgg_small.py --config.data.data_dir=DIR
+    python -m pkkd_jax.main --config=configs/vgg_small.py:data=cifar100
+
+400 epochs of SGD: for a GPU or TPU.
+"""
+
+from pkkd_jax import config as config_lib
+
+
+def get_config(arg=None):
+    config = config_lib.base()
+    config.student = dict(name="vgg_small", conv="adder", dropout=0.0)
+    config.teacher = dict(
+        mode="progressive", run_dir="", which="teacher", name="vgg_small", conv="conv", dropout=0.0
+    )
+    return config_lib.with_argument(config, arg)

@@ -1,0 +1,1 @@
+"""What a run directory shows: learning curves so far."""

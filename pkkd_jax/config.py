@@ -1,0 +1,109 @@
+"""Configurations: the defaults of every leaf, arguments after the colon, and comparison."""
+
+import inspect
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from pkkd_jax import names
+
+
+def base() -> ConfigDict:
+    """The configuration that every file in `configs/` starts from: CIFAR-10 by the paper's recipe.
+
+    Each nested dict holds exact keyword arguments: `student` and `teacher` of the model, but for
+    `teacher.mode`, `run_dir` and `which`; `distill.<name>` of the loss, but for `weight`; `data` of
+    the data source; `optim` of `optim.build`.
+    """
+    config = ConfigDict()
+    config.seed = 0
+    config.batch_size = 256  # over all devices
+    config.epochs = 400
+    config.steps = 0  # replaces epochs where above 0
+    config.dtype = "float32"  # of the computation, or "bfloat16"
+    config.accumulate_steps = 1  # micro-batches that make one step
+    config.data = dict(name="cifar10", data_dir="")
+    config.workers = 0  # processes that decode images; 0: threads of this one
+    config.student = dict(name="resnet_cifar", depth=20, conv="adder", dropout=0.0)
+    config.teacher = dict(
+        mode="progressive",  # or "fixed", or "none"
+        run_dir="",  # of a fixed teacher
+        which="teacher",  # network of that run
+        name="resnet_cifar",
+        depth=20,
+        conv="conv",
+        dropout=0.0,
+    )
+    config.alpha = 1.0
+    config.label_smoothing = 0.0
+    config.distill = losses("pkkd")
+    config.optim = dict(
+        name="sgd",
+        learning_rate=0.1,
+        schedule_name="cosine",
+        warmup_steps=0,
+        weight_decay=5e-4,
+        adder_eta=0.2,
+        momentum=0.9,
+    )
+    config.eval = dict(every_epochs=1, recalibrate_batches=20)
+    config.log_every_steps = 50
+    config.checkpoint_every_steps = 1000
+    return config
+
+
+def losses(name: str) -> dict[str, dict[str, Any]]:
+    """`config.distill` for one method with the defaults of its keywords; "pkkd" includes KD."""
+
+    def one(name):
+        parameters = inspect.signature(
+            names.resolve("pkkd_jax.distill", name, "loss")
+        ).parameters.values()
+        return {"weight": 1.0, **{p.name: p.default for p in parameters}}
+
+    if name == "none":
+        return {}
+    return {key: one(key) for key in ([name, "kd"] if name == "pkkd" else [name])}
+
+
+def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
+    """Applies what stands after the colon of `--config=FILE:key=value,key=value`, and locks.
+
+    Args:
+      config: a configuration.
+      argument: `data=NAME` and `distill=NAME` ("none" for no loss) swap a whole nested dict, which
+        a locked configuration cannot do leaf by leaf.
+    Raises:
+      UserError: for an unknown key or name.
+    """
+    for item in filter(None, (argument or "").split(",")):
+        key, equals, value = item.partition("=")
+        if key not in ("data", "distill") or not equals:
+            raise names.UserError(
+                f"argument {item!r} of the config: expected data=NAME or distill=NAME,"
+                " with commas between; every other leaf is set by --config.LEAF=VALUE"
+            )
+        if key == "data":
+            names.resolve("pkkd_jax.data.sources", value, "data set")
+            config.data.name = value
+        else:
+            config.distill = losses(value)
+    return config.lock()
+
+
+def to_json(config: ConfigDict) -> dict:
+    """`config` as plain JSON types."""
+    return json.loads(json.dumps(config.to_dict()))
+
+
+def differences(old: dict, new: dict, prefix: str = "config") -> list[str]:
+    """Leaves in which two configurations differ, one text each: `config.seed: 0 there, 1 here`."""
+    found = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}.{key}")
+        elif a != b:
+            found.append(f"{prefix}.{key}: {a!r} there, {b!r} here")
+    return found

@@ -1,0 +1,193 @@
+"""Trains what a configuration describes.
+
+python -m pkkd_jax.main --config=configs/NAME.py[:ARG] --workdir=DIR --config.any.leaf=value
+"""
+
+import errno
+import os
+import re
+import sys
+from pathlib import Path
+
+# Before JAX starts: its CPU client's notices are not for users.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from absl import flags, logging  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+from pkkd_jax import names, train  # noqa: E402
+from pkkd_jax.analysis import curves  # noqa: E402
+
+USAGE = (
+    "python -m pkkd_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.LEAF=VALUE]"
+)
+
+
+def _parse(argv: list[str]):
+    """The configuration and the run directory that `argv` asks for."""
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        "workdir", None, "Run directory; runs/NAME if not given.", flag_values=values
+    )
+    config_flag = config_flags.DEFINE_config_file(
+        "config", None, "A file of configs/, FILE.py[:ARG].", flag_values=values
+    )
+    if {"--help", "-h", "--helpfull"} & set(argv):
+        print(__doc__)
+        print(values.main_module_help() or values.get_help())
+        raise SystemExit(0)
+    given = [v for v in argv[1:] if re.match(r"--?config(=|$)", v)]
+    if not given:
+        raise names.UserError(f"--config is missing: {USAGE}")
+    path, _, argument = given[-1].partition("=")[2].partition(":")
+    if not Path(path).is_file():
+        folder = Path(path).parent if Path(path).parent.is_dir() else Path("configs")
+        raise names.unknown("config file", path, map(str, folder.glob("*.py")))
+    try:
+        rest = values(argv)
+        config = config_flag.value
+    except names.UserError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+        raise names.UserError(_leaf_error(argv, path, argument, error)) from error
+    if len(rest) > 1:
+        raise names.UserError(f"unexpected argument {rest[1]!r}: {USAGE}")
+    name = Path(path).stem + (f"-{re.sub('[^A-Za-z0-9]+', '-', argument)}" if argument else "")
+    return config, Path(values.workdir or Path("runs") / name)
+
+
+def _leaf_error(argv, path, argument, error) -> str:
+    """One line for a leaf that is not there or a value that does not fit it."""
+    values = flags.FlagValues()
+    flag = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
+    text = " ".join(str(error).split())
+    try:
+        values([argv[0], f"--config={path}{':' if argument else ''}{argument}"])
+        leaves = _leaves(flag.value.to_dict())
+    except Exception:  # the file itself is at fault
+        return f"config file {path!r} cannot be read: {type(error).__name__}: {text}"
+    for item in argv[1:]:
+        match = re.match(r"--config\.([^=]+)", item)
+        if match and match.group(1) not in leaves:
+            return str(names.unknown("config leaf", match.group(1), leaves))
+    return f"{text} (run with --help for the flags)"
+
+
+def _leaves(tree: dict, prefix: str = "") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
+    return found
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _print_start(summary: dict) -> None:
+    width = max(map(len, summary))
+    for key, value in summary.items():
+        print(f"{key:<{width}}  {value}", flush=True)
+
+
+def _progress_line(figures: dict) -> str:
+    parts = [f"step {figures['step']}/{figures['total_steps']}"]
+    for network in ("student", "teacher"):
+        if f"train/{network}/loss" in figures:
+            text = f"{network} loss {figures[f'train/{network}/loss']:.3f}"
+            text += f" acc {figures[f'train/{network}/accuracy']:.1%}"
+            if f"test/{network}/accuracy" in figures:
+                text += f" test {figures[f'test/{network}/accuracy']:.1%}"
+            parts.append(text)
+    if "images_per_s" in figures:
+        parts.append(f"{figures['images_per_s']:,.0f} img/s")
+        parts.append(f"{_duration(figures['left_s'])} left")
+    return " | ".join(parts)
+
+
+class Progress:
+    """One line that renews itself in a terminal, a line a report elsewhere."""
+
+    def __init__(self, stream=sys.stdout):
+        self._stream, self._open = stream, False
+
+    def show(self, figures: dict) -> None:
+        """Shows the latest figures."""
+        line = _progress_line(figures)
+        if self._stream.isatty():
+            columns = os.get_terminal_size(self._stream.fileno()).columns
+            self._stream.write(f"\r\x1b[K{line[: max(1, columns - 1)]}")
+            self._open = True
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def end(self) -> None:
+        """Leaves the line as it stands."""
+        if self._open:
+            self._stream.write("\n")
+            self._open = False
+
+
+def _print_results(run_dir: Path, results: dict) -> None:
+    rows = [("", "accuracy", "top-5", "loss", "uncalibrated accuracy")]
+    for network in ("teacher", "student"):
+        if f"test/{network}/accuracy" in results:
+            get = lambda what, network=network: results[f"test/{network}/{what}"]  # noqa: E731
+            rows.append(
+                (
+                    network,
+                    f"{get('accuracy'):.2%}",
+                    f"{get('top5'):.2%}",
+                    f"{get('loss'):.4f}",
+                    f"{get('accuracy_uncalibrated'):.2%}",
+                )
+            )
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    print(f"\nTest results after {results['steps']:,} steps ({_duration(results['wall_s'])}):")
+    for row in rows:
+        cells = [
+            row[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+        ]
+        print("  ".join(cells).rstrip())
+    print(f"Results, curves and checkpoints are in {run_dir}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    argv = sys.argv if argv is None else argv
+    logging.set_verbosity(logging.ERROR)
+    progress = Progress()
+    workdir = None
+
+    def at_end(run_dir, results):
+        progress.end()
+        curves.save(run_dir)
+        _print_results(run_dir, results)
+
+    try:
+        config, workdir = _parse(argv)
+        train.train_and_evaluate(config, workdir, _print_start, progress.show, at_end)
+        return 0
+    except train.Interrupted as stop:
+        message, status = f"{stop}; the same command goes on from there", 128 + stop.signum
+    except KeyboardInterrupt:
+        message, status = "stopped; the same command goes on from the last checkpoint", 130
+    except names.UserError as error:
+        message, status = f"error: {error}", 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
+            raise
+        where = error.filename or workdir
+        message = f"error: {error.strerror}: {str(where)!r}; free space or choose another --workdir"
+        status = 2
+    progress.end()
+    print(message, file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,331 @@
+"""The joint update of teacher and student, evaluation and recalibration, on every device at once."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pkkd_jax import data
+from pkkd_jax.distill import Distiller
+from pkkd_jax.nn import Outputs
+from pkkd_jax.state import DistillState, NetworkState
+
+AXIS = "batch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """All that an update depends on besides state and batch.
+
+    Attributes:
+      student: the Linen module, with `bn_axis_name=None`.
+      teacher: likewise; None trains the student alone.
+      teacher_learns: True trains the teacher in the same step (progressive); False keeps it as it
+        is, in evaluation mode (fixed).
+      losses: name -> (weight, Distiller).
+      alpha: weight of the student's cross-entropy with the labels.
+      optimiser: of student and teacher.
+      distiller_optimiser: of what the losses learn.
+      augmentation: keywords of `data.augment`: augmentation, mean, std.
+      seed: of augmentation and dropout.
+      label_smoothing: share of the label spread over all classes, in both networks' cross-entropy.
+    """
+
+    student: linen.Module
+    teacher: linen.Module | None
+    teacher_learns: bool
+    losses: Mapping[str, tuple[float, Distiller]]
+    alpha: float
+    optimiser: optax.GradientTransformation
+    distiller_optimiser: optax.GradientTransformation
+    augmentation: Mapping[str, Any]
+    seed: int
+    label_smoothing: float = 0.0
+
+
+def pmap(function: Callable, *, donate: bool = False) -> Callable:
+    """Maps `function(state, batch) -> tree` over the devices: `batch` is split, the rest is not.
+
+    Results must be equal on every device: they come back without a leading device axis.
+    """
+    return jax.pmap(
+        function,
+        axis_name=AXIS,
+        in_axes=(None, 0),
+        out_axes=None,
+        donate_argnums=(0,) if donate else (),
+    )
+
+
+def replicate(tree: Any) -> Any:
+    """Puts `tree` on every device as `pmap` returns it, so that the first step compiles for all."""
+    sharding = NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
+    return jax.tree.map(lambda a: jax.device_put(a, sharding), tree)
+
+
+def init_network(model: linen.Module, key: jax.Array, image_shape: tuple[int, ...]) -> dict:
+    """Fresh variables of `model` for images of `[height, width, channels]`."""
+    images = jnp.zeros((1, *image_shape))
+    return jax.jit(partial(model.init, train=False))({"params": key}, images)
+
+
+def init_state(
+    recipe: Recipe, images: np.ndarray, teacher_variables: dict | None = None
+) -> DistillState:
+    """Fresh networks, and losses started from `images`.
+
+    Args:
+      recipe: what is trained.
+      images: uint8 `[n, height, width, channels]`, the first training examples, of which the
+        losses take their starting values.
+      teacher_variables: of a fixed teacher.
+    """
+    student_key, teacher_key, losses_key, dropout_key = jax.random.split(
+        jax.random.key(recipe.seed), 4
+    )
+    plain = data.normalise(
+        jnp.asarray(images), recipe.augmentation["mean"], recipe.augmentation["std"]
+    )
+
+    def network(variables, learns=True):
+        params = variables["params"]
+        opt_state = recipe.optimiser.init(params) if learns else ()
+        return NetworkState(params, variables.get("batch_stats", {}), opt_state)
+
+    student = network(init_network(recipe.student, student_key, images.shape[1:]))
+    teacher, params = None, {}
+    if recipe.teacher is not None:
+        fresh = teacher_variables or init_network(recipe.teacher, teacher_key, images.shape[1:])
+        teacher = network(fresh, recipe.teacher_learns)
+
+        @jax.jit
+        def init_losses(student_variables, teacher_variables, plain):
+            outputs = _forward(recipe.student, student_variables, plain, True, dropout_key)[0]
+            targets = _forward(
+                recipe.teacher, teacher_variables, plain, recipe.teacher_learns, dropout_key
+            )[0]
+            keys = jax.random.split(losses_key, len(recipe.losses) + 1)
+            return {
+                name: loss.init(key, outputs, targets)
+                for key, (name, (_, loss)) in zip(keys, recipe.losses.items(), strict=False)
+            }
+
+        params = init_losses(student.variables, teacher.variables, plain)
+    distiller = NetworkState(params, {}, recipe.distiller_optimiser.init(params))
+    return DistillState(np.int32(0), student, teacher, distiller)
+
+
+def _forward(model, variables, images, train, dropout_key) -> tuple[Outputs, Any]:
+    """Outputs and new batch statistics; the old ones in evaluation mode."""
+    if not train:
+        return model.apply(variables, images, train=False), variables["batch_stats"]
+    outputs, updated = model.apply(
+        variables, images, train=True, mutable=["batch_stats"], rngs={"dropout": dropout_key}
+    )
+    return outputs, updated.get("batch_stats", {})
+
+
+def _synchronised(model: linen.Module) -> linen.Module:
+    return model.clone(bn_axis_name=AXIS)
+
+
+def joint_update(recipe: Recipe) -> Callable:
+    """Makes `(state, batch) -> (state, metrics)`, to be mapped by `pmap`.
+
+        teacher loss = CE(teacher, label)
+        student loss = alpha * CE(student, label) + sum_i weight_i * loss_i(student, teacher)
+
+    `batch` holds "image" uint8 `[k, b, height, width, channels]` and "label" int32 `[k, b]`: the k
+    micro-batches of this device, whose gradients are averaged before the one step they make. The
+    teacher's outputs are constants for the student.
+    """
+    student_model = _synchronised(recipe.student)
+    teacher_model = None
+    if recipe.teacher is not None:
+        teacher_model = _synchronised(recipe.teacher) if recipe.teacher_learns else recipe.teacher
+
+    def cross_entropy(logits, labels):
+        targets = jax.nn.one_hot(labels, logits.shape[-1])
+        targets = optax.smooth_labels(targets, recipe.label_smoothing)
+        return optax.softmax_cross_entropy(logits, targets).mean()
+
+    def accuracy(logits, labels):
+        return (logits.argmax(-1) == labels).mean()
+
+    def loss(params, stats, images, labels, key):
+        metrics, new_stats, total, targets = {}, {}, 0.0, None
+        if teacher_model is not None:
+            variables = {"params": params["teacher"], "batch_stats": stats["teacher"]}
+            targets, new_stats["teacher"] = _forward(
+                teacher_model, variables, images, recipe.teacher_learns, key
+            )
+            ce = cross_entropy(targets.logits, labels)
+            total = total + ce
+            metrics |= {"teacher/loss": ce, "teacher/accuracy": accuracy(targets.logits, labels)}
+            targets = lax.stop_gradient(targets)
+        variables = {"params": params["student"], "batch_stats": stats["student"]}
+        outputs, new_stats["student"] = _forward(student_model, variables, images, True, key)
+        ce = cross_entropy(outputs.logits, labels)
+        student_loss = recipe.alpha * ce
+        metrics |= {"student/loss_ce": ce, "student/accuracy": accuracy(outputs.logits, labels)}
+        for name, (weight, distiller) in recipe.losses.items():
+            value, found = distiller.apply(params["distiller"][name], outputs, targets, AXIS)
+            student_loss = student_loss + weight * value
+            metrics |= {f"student/{key}": figure for key, figure in found.items()}
+        metrics["student/loss"] = student_loss
+        return total + student_loss, (new_stats, metrics)
+
+    def micro_batch(params, stats, step, index, images, labels):
+        per_device, device = labels.shape[0], lax.axis_index(AXIS)
+        start = (index * lax.axis_size(AXIS) + device) * per_device
+        positions = start + jnp.arange(per_device)
+        augment_key, dropout_key = jax.random.split(
+            jax.random.fold_in(jax.random.key(recipe.seed), step)
+        )
+        images = data.augment(augment_key, images, positions, **recipe.augmentation)
+        gradient = jax.grad(loss, has_aux=True)
+        return gradient(params, stats, images, labels, jax.random.fold_in(dropout_key, start))
+
+    def learn(optimiser, network: NetworkState, gradient, batch_stats) -> NetworkState:
+        updates, opt_state = optimiser.update(gradient, network.opt_state, network.params)
+        return NetworkState(optax.apply_updates(network.params, updates), batch_stats, opt_state)
+
+    def update(state: DistillState, batch):
+        networks = {"student": state.student}
+        if state.teacher is not None:
+            networks["teacher"] = state.teacher
+        params = {name: network.params for name, network in networks.items()}
+        params["distiller"] = state.distiller.params
+        stats = {name: network.batch_stats for name, network in networks.items()}
+        count = batch["label"].shape[0]
+        if count == 1:
+            gradients, (stats, metrics) = micro_batch(
+                params, stats, state.step, 0, batch["image"][0], batch["label"][0]
+            )
+        else:
+
+            def body(stats, item):
+                gradients, (stats, metrics) = micro_batch(params, stats, state.step, *item)
+                return stats, (gradients, metrics)
+
+            def summed(carry, item):
+                stats, total = carry
+                stats, new = body(stats, item)
+                return (stats, jax.tree.map(jnp.add, total, new)), None
+
+            items = (jnp.arange(count), batch["image"], batch["label"])
+            first = jax.tree.map(lambda a: a[0], items)
+            zeros = jax.tree.map(
+                lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(body, stats, first)[1]
+            )
+            (stats, total), _ = lax.scan(summed, (stats, zeros), items)
+            gradients, metrics = jax.tree.map(lambda a: a / count, total)
+        gradients, stats, metrics = lax.pmean((gradients, stats, metrics), AXIS)
+        student = learn(recipe.optimiser, state.student, gradients["student"], stats["student"])
+        teacher = state.teacher
+        if recipe.teacher_learns and teacher is not None:
+            teacher = learn(recipe.optimiser, teacher, gradients["teacher"], stats["teacher"])
+        distiller = learn(recipe.distiller_optimiser, state.distiller, gradients["distiller"], {})
+        return DistillState(state.step + 1, student, teacher, distiller), metrics
+
+    return update
+
+
+def evaluation(model: linen.Module, mean, std) -> Callable:
+    """Makes `(variables, batch) -> sums` over the examples whose `mask` is 1, for `pmap`.
+
+    The sums are "count", "correct", "top5" (the label is among the five, or all, best) and "loss".
+    """
+
+    def evaluate(variables, batch):
+        logits = model.apply(
+            variables, data.normalise(batch["image"], mean, std), train=False
+        ).logits
+        labels, mask = batch["label"], batch["mask"]
+        best = lax.top_k(logits, min(5, logits.shape[-1]))[1]
+        figures = {
+            "count": jnp.ones_like(mask),
+            "correct": logits.argmax(-1) == labels,
+            "top5": (best == labels[:, None]).any(-1),
+            "loss": optax.softmax_cross_entropy_with_integer_labels(logits, labels),
+        }
+        return lax.psum({key: (mask * value).sum() for key, value in figures.items()}, AXIS)
+
+    return evaluate
+
+
+def evaluate(mapped: Callable, variables: Any, batches: Iterable) -> dict[str, float]:
+    """Accuracy, top-5 accuracy and loss over `batches`; `mapped` is a mapped `evaluation`."""
+    totals: dict[str, float] = {}
+    for batch in batches:
+        for key, value in jax.device_get(mapped(variables, batch)).items():
+            totals[key] = totals.get(key, 0.0) + float(value)
+    return {
+        "accuracy": totals["correct"] / totals["count"],
+        "top5": totals["top5"] / totals["count"],
+        "loss": totals["loss"] / totals["count"],
+    }
+
+
+def batch_statistics(model: linen.Module, augmentation: Mapping[str, Any]) -> Callable:
+    """Makes `(variables, batch) -> BatchNorm statistics of that batch alone`, for `pmap`.
+
+    `batch` is a training batch with a leading axis of micro-batches, of which the first is used.
+    """
+    model = _synchronised(model)
+
+    def without_memory(next_function, args, kwargs, context):
+        if isinstance(context.module, linen.BatchNorm):
+            # Frozen, but bound for this call only: momentum 0 leaves the batch's own statistics.
+            object.__setattr__(context.module, "momentum", 0.0)
+        return next_function(*args, **kwargs)
+
+    def statistics(variables, batch):
+        images = data.normalise(batch["image"][0], augmentation["mean"], augmentation["std"])
+        with linen.intercept_methods(without_memory):
+            _, stats = _forward(model, variables, images, True, jax.random.key(0))
+        return lax.pmean(stats, AXIS)
+
+    return statistics
+
+
+def recalibrate(mapped: Callable, variables: dict, batches: Iterable) -> dict:
+    """Replaces the running statistics of BatchNorm by those of `batches`; parameters stay.
+
+        mean = E[mean_b],   var = E[var_b + mean_b^2] - mean^2
+
+    Args:
+      mapped: a mapped `batch_statistics`.
+      variables: of the network.
+      batches: training batches, all of one size.
+    Returns:
+      New variables; the old ones if there is no BatchNorm or no batch.
+    References:
+      Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3 (precise statistics).
+    """
+    if not variables["batch_stats"]:
+        return variables
+    found = [jax.device_get(mapped(variables, batch)) for batch in batches]
+    if not found:
+        return variables
+
+    def pool(*layers):
+        if not isinstance(layers[0], Mapping):
+            return np.mean(layers, 0, dtype=np.float64).astype(np.float32)
+        if set(layers[0]) != {"mean", "var"}:
+            return {key: pool(*(layer[key] for layer in layers)) for key in layers[0]}
+        means = np.stack([layer["mean"] for layer in layers]).astype(np.float64)
+        variances = np.stack([layer["var"] for layer in layers]).astype(np.float64)
+        mean = means.mean(0)
+        variance = (variances + means**2).mean(0) - mean**2
+        return {"mean": mean.astype(np.float32), "var": variance.astype(np.float32)}
+
+    return {"params": variables["params"], "batch_stats": replicate(pool(*found))}
