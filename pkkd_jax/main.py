@@ -12,11 +12,11 @@ from pathlib import Path
 # Before JAX starts: its CPU client's notices are not for users.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from absl import flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
+from absl import flags, logging
+from ml_collections import config_flags
 
-from pkkd_jax import names, train  # noqa: E402
-from pkkd_jax.analysis import curves  # noqa: E402
+from pkkd_jax import names, train
+from pkkd_jax.analysis import curves
 
 USAGE = (
     "python -m pkkd_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.LEAF=VALUE]"

@@ -77,7 +77,7 @@ class AdderConv(linen.Module):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.input_dilation not in (None, 1, (1, 1)):
+        if self.input_dilation not in (None, 1, (1, 1), [1, 1]):
             raise self._refused("input_dilation", "1")
         if self.precision not in (None, "default", lax.Precision.DEFAULT):
             raise self._refused("precision", "None, since the operation only adds")

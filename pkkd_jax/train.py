@@ -18,7 +18,8 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, config as config_lib, data, distill, metrics, models, optim
+from pkkd_jax import checkpoint, data, distill, metrics, models, optim
+from pkkd_jax import config as config_lib
 from pkkd_jax import state as state_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError, unknown

@@ -1,0 +1,56 @@
+"""Data: sources, one file each in `sources/`; the host's pipeline; augmentation on the device."""
+
+from typing import Any, Protocol
+
+from pkkd_jax import names
+from pkkd_jax.data.augment import augment, normalise
+from pkkd_jax.data.pipeline import eval_batches, first_examples, train_batches
+
+__all__ = [
+    "Source",
+    "augment",
+    "build_source",
+    "eval_batches",
+    "first_examples",
+    "normalise",
+    "train_batches",
+]
+
+
+class Source(Protocol):
+    """One split of a data set. A user's own, named by its dotted path, needs no more than this.
+
+    Attributes:
+      num_classes: number of labels.
+      image_shape: `(height, width, channels)` that the network sees.
+      mean: of each channel, of 255.
+      std: likewise.
+      augmentation: "none"; "crop_flip", for images of one size that fit into memory together; or
+        "resized_crop", for images of any size, decoded one by one.
+    """
+
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: str
+
+    def __len__(self) -> int:
+        """Number of examples."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`{"image": uint8 [height, width, channels], "label": int}`."""
+
+
+def build_source(split: str, *, name: str, **arguments: Any) -> Source:
+    """The data source that a config calls `name`.
+
+    Args:
+      split: "train" or "test".
+      name: a function in `pkkd_jax.data.sources`, or a dotted path.
+      **arguments: for it; `data_dir` is where its files are, "" for the usual place.
+    Raises:
+      UserError: if there is no such source or it does not take these arguments, or its files are
+        not there.
+    """
+    return names.call("pkkd_jax.data.sources", name, "data set", split=split, **arguments)

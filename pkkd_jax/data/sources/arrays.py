@@ -1,0 +1,32 @@
+"""A source whose images are in memory already."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource:
+    """uint8 images `[n, height, width, channels]` and int32 labels `[n]` as a `data.Source`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: str = "none"
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(height, width, channels)`."""
+        return tuple(self.images.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self.images[index], "label": int(self.labels[index])}
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Everything at once."""
+        return self.images, self.labels
