@@ -59,11 +59,23 @@ def resolve(package: str, name: str, kind: str) -> Callable:
 
 
 def call(package: str, name: str, kind: str, **arguments):
-    """Resolves `name` and calls it; a keyword that it does not take is the user's mistake."""
+    """Resolves `name` and calls it with the keywords of a config.
+
+    Raises:
+      UserError: if there is no such name, or it does not take these keywords.
+    """
     function = resolve(package, name, kind)
     parameters = inspect.signature(function).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        for key in arguments:
-            if key not in parameters:
-                raise unknown(f"argument of {kind} {name!r}:", key, parameters)
+        # `parent` and `name` are Flax's own, never a config's.
+        allowed = [key for key in parameters if key not in ("parent", "name")]
+        for keyword in arguments:
+            if keyword not in allowed:
+                raise unknown(f"keyword of {kind} {name!r},", keyword, allowed)
+    for keyword, p in parameters.items():
+        required = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        if required and keyword not in arguments:
+            raise UserError(
+                f"{kind} {name!r} needs {keyword}=...: it takes {', '.join(parameters)}"
+            )
     return function(**arguments)

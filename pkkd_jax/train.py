@@ -44,46 +44,50 @@ class Interrupted(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """A configuration, checked and built."""
+class Splits:
+    """Both splits of a data set, and how they are cut into batches."""
 
-    config: dict
     train: data.Source
     test: data.Source
-    recipe: update_lib.Recipe
-    teacher_variables: dict | None
-    total_steps: int
-    eval_steps: frozenset[int]
+    batch_size: int
+    seed: int
+    workers: int
 
-    @property
-    def networks(self) -> dict[str, Any]:
-        """Name to model, the student first."""
-        pair = {"student": self.recipe.student, "teacher": self.recipe.teacher}
-        return {name: model for name, model in pair.items() if model is not None}
-
-    def train_batches(self, start: int, stop: int, accumulate_steps: int):
+    def train_batches(self, start: int, stop: int, accumulate_steps: int = 1):
         """Training batches of the steps from `start` to before `stop`."""
         return data.train_batches(
             self.train,
-            batch_size=self.config["batch_size"],
-            seed=self.config["seed"],
+            batch_size=self.batch_size,
+            seed=self.seed,
             start_step=start,
             stop_step=stop,
             num_devices=jax.device_count(),
             device_slice=_local_devices(),
             accumulate_steps=accumulate_steps,
-            workers=self.config["workers"],
+            workers=self.workers,
         )
 
     def test_batches(self):
         """All test images, each once."""
         return data.eval_batches(
             self.test,
-            batch_size=self.config["batch_size"],
+            batch_size=self.batch_size,
             num_devices=jax.device_count(),
             device_slice=_local_devices(),
-            workers=self.config["workers"],
+            workers=self.workers,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """A configuration, checked and built."""
+
+    config: dict
+    splits: Splits
+    recipe: update_lib.Recipe
+    teacher_variables: dict | None
+    total_steps: int
+    eval_steps: frozenset[int]
 
 
 def _local_devices() -> tuple[int, int]:
@@ -126,7 +130,7 @@ def build(config: ConfigDict) -> Experiment:
     steps_per_epoch = len(train) / batch_size
     total = plain["steps"] or max(1, int(plain["epochs"] * steps_per_epoch))
     every = max(1, round(plain["eval"]["every_epochs"] * steps_per_epoch))
-    arguments = {key: value for key, value in plain["optim"].items()}
+    arguments = plain["optim"]
     distiller_optimiser = optax.sgd(
         optim.schedule(
             arguments["schedule_name"], arguments["learning_rate"], total, arguments["warmup_steps"]
@@ -150,7 +154,8 @@ def build(config: ConfigDict) -> Experiment:
         label_smoothing=plain["label_smoothing"],
     )
     evals = frozenset({*range(every, total + 1, every), total})
-    return Experiment(plain, train, test, recipe, teacher_variables, total, evals)
+    splits = Splits(train, test, batch_size, plain["seed"], plain["workers"])
+    return Experiment(plain, splits, recipe, teacher_variables, total, evals)
 
 
 def _check_numbers(config: dict) -> None:
@@ -260,43 +265,47 @@ def _signals():
             signal.signal(signum, handler)
 
 
-def evaluate_networks(experiment: Experiment, state: state_lib.DistillState, mapped: dict) -> dict:
-    """Test figures of both networks, with recalibrated and with running BatchNorm statistics.
+def evaluate_networks(
+    networks: dict[str, Any],
+    variables: dict[str, dict],
+    splits: Splits,
+    recalibrate_batches: int,
+    mapped: dict,
+) -> dict[str, float]:
+    """Test figures of networks, with recalibrated and with running BatchNorm statistics.
 
     Args:
-      experiment: the data and the networks.
-      state: on the devices.
-      mapped: cache of compiled functions, `{}` at first.
+      networks: name to model.
+      variables: name to variables, on the devices; they stay as they are.
+      splits: the data.
+      recalibrate_batches: training batches for the statistics; 0 keeps the running ones.
+      mapped: compiled functions by name, kept from call to call; `{}` at first.
     Returns:
       `test/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
     """
     figures = {}
-    recalibrate_batches = experiment.config["eval"]["recalibrate_batches"]
-    augmentation = experiment.recipe.augmentation
-    for name, model in experiment.networks.items():
+    mean, std = splits.train.mean, splits.train.std
+    for name, model in networks.items():
         if name not in mapped:
             mapped[name] = (
-                update_lib.pmap(
-                    update_lib.evaluation(model, augmentation["mean"], augmentation["std"])
-                ),
-                update_lib.pmap(update_lib.batch_statistics(model, augmentation)),
+                update_lib.pmap(update_lib.evaluation(model, mean, std)),
+                update_lib.pmap(update_lib.batch_statistics(model, mean, std)),
             )
         evaluate, statistics = mapped[name]
-        variables = getattr(state, name).variables
-        raw = update_lib.evaluate(evaluate, variables, experiment.test_batches())
+        raw = update_lib.evaluate(evaluate, variables[name], splits.test_batches())
         figures |= {f"test/{name}/{key}_uncalibrated": value for key, value in raw.items()}
-        frozen = name == "teacher" and not experiment.recipe.teacher_learns
-        if recalibrate_batches and not frozen:
-            batches = experiment.train_batches(0, recalibrate_batches, 1)
-            variables = update_lib.recalibrate(statistics, variables, batches)
-            raw = update_lib.evaluate(evaluate, variables, experiment.test_batches())
+        if recalibrate_batches:
+            calibrated = update_lib.recalibrate(
+                statistics, variables[name], splits.train_batches(0, recalibrate_batches)
+            )
+            raw = update_lib.evaluate(evaluate, calibrated, splits.test_batches())
         figures |= {f"test/{name}/{key}": value for key, value in raw.items()}
     return figures
 
 
 def describe(experiment: Experiment, state: state_lib.DistillState, workdir: Path) -> dict:
     """What a training is about to do, as texts by heading."""
-    config = experiment.config
+    config, train, test = experiment.config, experiment.splits.train, experiment.splits.test
 
     def network(name):
         part = getattr(state, name)
@@ -313,9 +322,9 @@ def describe(experiment: Experiment, state: state_lib.DistillState, workdir: Pat
     return {
         "devices": f"{jax.device_count()} {jax.default_backend()} ({', '.join(kinds)}),"
         f" adder op: {adder.implementation()}",
-        "data": f"{config['data']['name']}, {len(experiment.train):,} train and"
-        f" {len(experiment.test):,} test images of {'x'.join(map(str, experiment.train.image_shape))},"
-        f" {experiment.train.num_classes} classes",
+        "data": f"{config['data']['name']}, {len(train):,} train and"
+        f" {len(test):,} test images of {'x'.join(map(str, train.image_shape))},"
+        f" {train.num_classes} classes",
         "student": network("student"),
         "teacher": network("teacher") + (f", {mode}" if state.teacher is not None else ""),
         "losses": f"{config['alpha']:g} CE"
@@ -323,7 +332,7 @@ def describe(experiment: Experiment, state: state_lib.DistillState, workdir: Pat
             f" + {weight:g} {name}" for name, (weight, _) in experiment.recipe.losses.items()
         ),
         "steps": f"{experiment.total_steps:,} of {config['batch_size']} images"
-        f" ({experiment.total_steps * config['batch_size'] / len(experiment.train):.1f} epochs),"
+        f" ({experiment.total_steps * config['batch_size'] / len(train):.1f} epochs),"
         f" {config['dtype']}",
         "directory": f"{workdir}" + (f", resumed at step {step}" if step else ", new"),
     }
@@ -360,8 +369,8 @@ def train_and_evaluate(
     writes = jax.process_index() == 0
     if writes:
         _open_run(workdir, experiment.config)
-    count = min(experiment.config["batch_size"], 256, len(experiment.train))
-    images, _ = data.first_examples(experiment.train, count, experiment.config["seed"])
+    count = min(experiment.config["batch_size"], 256, len(experiment.splits.train))
+    images, _ = data.first_examples(experiment.splits.train, count)
     state = update_lib.init_state(experiment.recipe, images, experiment.teacher_variables)
     checkpoints = checkpoint.Checkpoints(workdir)
     try:
@@ -426,6 +435,18 @@ def _loop(experiment, state, checkpoints, writer, at_interval) -> dict:
         )
         logged, interval = step, time.perf_counter()
 
+    def evaluate():
+        networks = {"student": experiment.recipe.student}
+        if state.teacher is not None:
+            networks["teacher"] = experiment.recipe.teacher
+        return evaluate_networks(
+            networks,
+            {name: getattr(state, name).variables for name in networks},
+            experiment.splits,
+            config["eval"]["recalibrate_batches"],
+            mapped,
+        )
+
     def save(accuracy=None):
         try:
             checkpoints.save(state, accuracy)
@@ -439,7 +460,7 @@ def _loop(experiment, state, checkpoints, writer, at_interval) -> dict:
 
     results: dict = {}
     with _signals() as received:
-        for batch in experiment.train_batches(step, total, config["accumulate_steps"]):
+        for batch in experiment.splits.train_batches(step, total, config["accumulate_steps"]):
             state, row = update(state, batch)
             pending.append(row)
             step += 1
@@ -450,7 +471,7 @@ def _loop(experiment, state, checkpoints, writer, at_interval) -> dict:
             if saves or received or step % config["log_every_steps"] == 0:
                 log()
             if evaluates:
-                results = evaluate_networks(experiment, state, mapped)
+                results = evaluate()
                 figures |= results
                 write(results)
                 at_interval({**figures, "step": step, "total_steps": total})
@@ -459,7 +480,7 @@ def _loop(experiment, state, checkpoints, writer, at_interval) -> dict:
                 save(results["test/student/accuracy"] if evaluates else None)
             if received and step < total:
                 raise Interrupted(received[0], step)
-    results = results or evaluate_networks(experiment, state, mapped)
+    results = results or evaluate()
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     versions["pkkd_jax"] = metadata.version("pkkd_jax")
     return {

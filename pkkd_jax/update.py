@@ -1,4 +1,4 @@
-"""The joint update of teacher and student, evaluation and recalibration, on every device at once."""
+"""The joint update of teacher and student, evaluation and recalibration: all that is mapped."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -275,7 +275,7 @@ def evaluate(mapped: Callable, variables: Any, batches: Iterable) -> dict[str, f
     }
 
 
-def batch_statistics(model: linen.Module, augmentation: Mapping[str, Any]) -> Callable:
+def batch_statistics(model: linen.Module, mean, std) -> Callable:
     """Makes `(variables, batch) -> BatchNorm statistics of that batch alone`, for `pmap`.
 
     `batch` is a training batch with a leading axis of micro-batches, of which the first is used.
@@ -289,7 +289,7 @@ def batch_statistics(model: linen.Module, augmentation: Mapping[str, Any]) -> Ca
         return next_function(*args, **kwargs)
 
     def statistics(variables, batch):
-        images = data.normalise(batch["image"][0], augmentation["mean"], augmentation["std"])
+        images = data.normalise(batch["image"][0], mean, std)
         with linen.intercept_methods(without_memory):
             _, stats = _forward(model, variables, images, True, jax.random.key(0))
         return lax.pmean(stats, AXIS)

@@ -5,7 +5,6 @@ Everything is a function of seed, step and global position: there is nothing to 
 
 import functools
 import math
-import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -236,14 +235,10 @@ def eval_batches(
         yield {"image": image, "label": label, "mask": valid.astype(np.float32)}
 
 
-def first_examples(source, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def first_examples(source, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Training images 0 to `count - 1`, uint8 `[count, height, width, channels]`, and labels."""
     if source.augmentation != "resized_crop":
         return _in_memory(source).gather(np.arange(count))
     load = _Load(source, None)
-    del seed  # centre crops, which need none
     examples = [load(i) for i in range(count)]
     return np.stack([e["image"] for e in examples]), np.array([e["label"] for e in examples])
-
-
-warnings.filterwarnings("ignore", message=".*os.fork.*", category=RuntimeWarning)

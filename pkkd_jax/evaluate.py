@@ -1,0 +1,90 @@
+"""Evaluates the networks of a run afresh.
+
+python -m pkkd_jax.evaluate RUN_DIR [--data NAME] [--data_dir DIR] [--step last|best|N]
+"""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import argparse
+import json
+import sys
+
+import jax
+from absl import logging
+
+from pkkd_jax import checkpoint, data, names, train, update
+
+
+def evaluate(
+    run_dir: str,
+    step: str | int = "last",
+    data_name: str = "",
+    data_dir: str = "",
+    batch_size: int = 0,
+) -> dict[str, float]:
+    """Test figures of a run's student and teacher.
+
+    Args:
+      run_dir: a directory that a training wrote.
+      step: "last", "best" or a saved step.
+      data_name: another data set with as many classes; the run's own if "".
+      data_dir: where its files are; the run's own place if "".
+      batch_size: over all devices; the run's own if 0.
+    Returns:
+      `test/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
+    Raises:
+      UserError: if there is no such run, step or data set.
+    """
+    config = checkpoint.read_config(run_dir)
+    arguments = dict(config["data"])
+    if data_name:
+        arguments = {"name": data_name, "data_dir": arguments["data_dir"]}
+    elif "." in arguments["name"]:
+        raise names.UserError(
+            f"data set {arguments['name']!r} of {run_dir!r} is from outside the package: name it by"
+            " --data, if you trust it"
+        )
+    if data_dir:
+        arguments["data_dir"] = data_dir
+    sources = [data.build_source(split, **arguments) for split in ("train", "test")]
+    size = batch_size or config["batch_size"]
+    size = -(-size // jax.device_count()) * jax.device_count()
+    splits = train.Splits(*sources, size, config["seed"], config["workers"])
+    networks, variables = {}, {}
+    for which in ("student", "teacher"):
+        if config[which]:
+            networks[which], found = checkpoint.load_network(run_dir, which, step)
+            variables[which] = update.replicate(found)
+            if config[which]["num_classes"] != splits.train.num_classes:
+                raise names.UserError(
+                    f"data set {arguments['name']!r} has {splits.train.num_classes} classes, the"
+                    f" {which} {config[which]['num_classes']}"
+                )
+    recalibrate_batches = config["eval"]["recalibrate_batches"]
+    return train.evaluate_networks(networks, variables, splits, recalibrate_batches, {})
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    logging.set_verbosity(logging.ERROR)
+    parser = argparse.ArgumentParser("python -m pkkd_jax.evaluate")
+    parser.add_argument("run_dir", help="directory that a training wrote")
+    parser.add_argument("--data", default="", help="another data set")
+    parser.add_argument("--data_dir", default="", help="where the data set's files are")
+    parser.add_argument("--step", default="last", help="last, best, or a saved step")
+    parser.add_argument("--batch_size", type=int, default=0, help="default: the run's")
+    given = parser.parse_args(argv)
+    step = int(given.step) if given.step.isdigit() else given.step
+    try:
+        figures = evaluate(given.run_dir, step, given.data, given.data_dir, given.batch_size)
+    except names.UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(figures, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
