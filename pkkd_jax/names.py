@@ -65,16 +65,20 @@ def call(package: str, name: str, kind: str, **arguments):
       UserError: if there is no such name, or it does not take these keywords.
     """
     function = resolve(package, name, kind)
-    parameters = inspect.signature(function).parameters
-    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        # `parent` and `name` are Flax's own, never a config's.
-        allowed = [key for key in parameters if key not in ("parent", "name")]
+    # `parent` and `name` are Flax's own, never a config's.
+    parameters = {
+        key: parameter
+        for key, parameter in inspect.signature(function).parameters.items()
+        if key not in ("parent", "name")
+    }
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
         for keyword in arguments:
-            if keyword not in allowed:
-                raise unknown(f"keyword of {kind} {name!r},", keyword, allowed)
-    for keyword, p in parameters.items():
-        required = p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
-        if required and keyword not in arguments:
+            if keyword not in parameters:
+                raise unknown(f"keyword of {kind} {name!r},", keyword, parameters)
+    for keyword, parameter in parameters.items():
+        variadic = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        if not variadic and parameter.default is parameter.empty and keyword not in arguments:
             raise UserError(
                 f"{kind} {name!r} needs {keyword}=...: it takes {', '.join(parameters)}"
             )

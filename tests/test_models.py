@@ -336,7 +336,7 @@ def test_a_wrong_keyword_gets_the_nearest_one(name):
 
 @pytest.mark.parametrize("name", ["resnet_cifar", "vgg_small"])
 def test_a_missing_keyword_is_named(name):
-    with pytest.raises(UserError, match=f"{name} needs num_classes"):
+    with pytest.raises(UserError, match=f"'{name}' needs num_classes"):
         build(name)
 
 

@@ -26,4 +26,4 @@ def digits(split: str = "train", data_dir: str = "", augmentation: str = "none")
     )
     images, labels = parts[split == "test"], parts[2 + (split == "test")]
     # Mean and standard deviation of the training images.
-    return arrays.ArraySource(images, labels, 10, (77.5,), (95.2,), augmentation)
+    return arrays.ArraySource(images, labels, 10, (78.1,), (96.1,), augmentation)

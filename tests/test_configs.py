@@ -1,0 +1,65 @@
+"""Every configuration builds and its update has consistent shapes; nothing is computed."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from pkkd_jax import data, train, update
+from pkkd_jax.data.sources.arrays import ArraySource
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+SOURCES = {"digits": (8, 1, 10), "cifar10": (32, 3, 10), "cifar100": (32, 3, 100),
+           "imagenet2012": (224, 3, 1000)}  # fmt: skip
+CASES = [(path.stem, None) for path in sorted(CONFIGS.glob("*.py"))] + [
+    ("vgg_small", "data=cifar100"),
+    ("resnet20", "distill=kd"),
+    ("resnet20", "distill=none"),
+]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("name", "argument"), CASES)
+def test_config_builds_and_its_update_keeps_shapes(name, argument, monkeypatch):
+    def build_source(split, *, name, **arguments):
+        del split, arguments
+        size, channels, classes = SOURCES[name]
+        images = np.zeros((300, size, size, channels), np.uint8)
+        mean = (0.0,) * channels
+        return ArraySource(images, np.zeros(300, np.int32), classes, mean, (1.0,) * channels)
+
+    monkeypatch.setattr(data, "build_source", build_source)
+    config = load(name).get_config(argument)
+    assert config.is_locked
+    experiment = train.build(config)
+    images = np.zeros((8, *experiment.splits.train.image_shape), np.uint8)
+    state = jax.eval_shape(lambda: update.init_state(experiment.recipe, images))
+    shape = (4, 1, 2)
+    batch = {
+        "image": jax.ShapeDtypeStruct((*shape, *images.shape[1:]), np.uint8),
+        "label": jax.ShapeDtypeStruct(shape, np.int32),
+    }
+    mapped = jax.vmap(
+        update.joint_update(experiment.recipe),
+        axis_name=update.AXIS,
+        in_axes=(None, 0),
+        out_axes=None,
+    )
+    after, metrics = jax.eval_shape(mapped, state, batch)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
+        lambda a: (a.shape, a.dtype), state
+    )
+    assert metrics["student/loss"].shape == ()
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.py"))])
+def test_the_card_of_a_config_shows_its_command(name):
+    assert f"python -m pkkd_jax.main --config=configs/{name}.py" in load(name).__doc__

@@ -1,0 +1,309 @@
+"""The loop through the command line: results, resuming, and every mistake a user can make."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pkkd_jax import checkpoint, evaluate, main, train
+from pkkd_jax.analysis import curves
+from pkkd_jax.names import UserError
+
+ROOT = Path(__file__).parent.parent
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+SHORT = [
+    "--config.steps=12",
+    "--config.batch_size=16",
+    "--config.checkpoint_every_steps=4",
+    "--config.log_every_steps=3",
+    "--config.eval.recalibrate_batches=2",
+]
+
+
+def command(workdir, *more):
+    return ["main", f"--config={QUICKSTART}", f"--workdir={workdir}", *SHORT, *more]
+
+
+def start(workdir, *more):
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pkkd_jax.main", *command(workdir, *more)[1:]],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def final(workdir):
+    """Parameters of all parts at the last step, and the test figures."""
+    checkpoints = checkpoint.Checkpoints(workdir)
+    step = checkpoints.steps()[-1]
+    parts = {name: checkpoints.read(step, name) for name in checkpoint.PARTS}
+    checkpoints.close()
+    results = json.loads((workdir / "results.json").read_text())
+    return step, parts, {k: v for k, v in results.items() if k.startswith("test/")}
+
+
+def assert_same_run(a, b):
+    (step_a, parts_a, figures_a), (step_b, parts_b, figures_b) = final(a), final(b)
+    assert (step_a, figures_a) == (step_b, figures_b)
+    for name in checkpoint.PARTS:
+        assert parts_a[name].keys() == parts_b[name].keys()
+        for key, value in parts_a[name].items():
+            np.testing.assert_array_equal(value, parts_b[name][key])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never stopped, on one device, and what it printed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    process = start(workdir)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return workdir, out
+
+
+def test_a_run_says_what_it_does_and_what_came_of_it(finished):
+    workdir, out = finished
+    for text in ("adder op: portable", "digits, 1,437 train and 360 test images", "conv='adder'",
+                 "parameters, progressive", "1 CE + 1 kd + 1 pkkd", "12 of 16 images", ", new",
+                 "step 12/12", "img/s", "uncalibrated accuracy", str(workdir)):  # fmt: skip
+        assert text in out
+
+
+def test_the_run_directory_is_complete(finished):
+    workdir, _ = finished
+    names = {p.name for p in workdir.iterdir()}
+    assert names >= {"config.json", "metrics.jsonl", "results.json", "curves.png", "checkpoints",
+                     "tensorboard"}  # fmt: skip
+    results = json.loads((workdir / "results.json").read_text())
+    for network in ("student", "teacher"):
+        for what in ("accuracy", "top5", "loss"):
+            assert f"test/{network}/{what}" in results
+            assert f"test/{network}/{what}_uncalibrated" in results
+    assert results["steps"] == 12
+    assert results["wall_s"] > 0
+    assert results["versions"]["jax"]
+    assert "cpu" in results["device"]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert any("train/student/loss_mid" in row for row in rows)
+    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+
+
+def test_evaluating_a_run_afresh_gives_its_results(finished):
+    workdir, _ = finished
+    figures = evaluate.evaluate(str(workdir))
+    wanted = final(workdir)[2]
+    assert figures.keys() == wanted.keys()
+    for key, value in wanted.items():
+        np.testing.assert_allclose(figures[key], value, atol=1e-4, rtol=1e-4)
+
+
+def test_a_finished_run_is_not_trained_again(finished, capsys):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    assert main.main(command(workdir)) == 0
+    assert "resumed at step 12" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_killed_in_mid_run_and_resumed_equals_never_stopped(finished, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir, "--config.steps=12")
+    while process.poll() is None and not (workdir / "checkpoints" / "4").is_dir():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    again = start(workdir)
+    out, err = again.communicate()
+    assert again.returncode == 0, err
+    assert "resumed at step" in out or "new" in out
+    assert_same_run(workdir, finished[0])
+
+
+def test_stopped_by_a_signal_saves_says_how_to_go_on_and_resumes_bit_for_bit(finished, tmp_path):
+    workdir = tmp_path / "run"
+    process = start(workdir)
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, err = process.communicate()
+    if process.returncode != 0:  # else the signal came after the last step
+        assert process.returncode == 128 + signal.SIGTERM
+        assert "SIGTERM" in err
+        assert "the same command goes on" in err
+    again = start(workdir)
+    out, err = again.communicate()
+    assert again.returncode == 0, err
+    assert "resumed at step" in out
+    assert_same_run(workdir, finished[0])
+
+
+def test_a_signal_is_obeyed_at_the_next_step(tmp_path):
+    def stop(figures):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    config, workdir = main._parse(command(tmp_path / "run"))
+    with pytest.raises(train.Interrupted) as stopped:
+        train.train_and_evaluate(config, workdir, at_interval=stop)
+    assert stopped.value.step == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_network_is_loaded_from_a_run(finished):
+    workdir, _ = finished
+    for which in ("student", "teacher"):
+        for step in ("last", "best", 12):
+            model, variables = checkpoint.load_network(workdir, which, step)
+            outputs = model.apply(variables, np.zeros((2, 8, 8, 1), np.float32), train=False)
+            assert outputs.logits.shape == (2, 10)
+    with pytest.raises(UserError, match=r"step=5.*\[.*12\]"):
+        checkpoint.load_network(workdir, step=5)
+
+
+def test_a_fixed_teacher_is_used_as_it_was_trained(finished, tmp_path):
+    workdir = tmp_path / "run"
+    fixed = [
+        "--config.teacher.mode=fixed",
+        f"--config.teacher.run_dir={finished[0]}",
+        "--config.eval.recalibrate_batches=0",
+    ]
+    assert main.main(command(workdir, *fixed)) == 0
+    ours, theirs = (final(d)[1]["teacher"] for d in (workdir, finished[0]))
+    for key, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[key])
+
+
+def test_a_network_trains_without_a_teacher(tmp_path, capsys):
+    assert main.main(command(tmp_path / "run", "--config.teacher.mode=none")) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert "test/student/accuracy" in results
+    assert "test/teacher/accuracy" not in results
+    assert "teacher    none" in capsys.readouterr().out
+
+
+def test_curves_are_a_picture(finished):
+    path = curves.save(finished[0])
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    # The first rate is harmless, the warm-up brings it to 1e38 in a few steps.
+    explode = ["--config.optim.learning_rate=1e38", "--config.optim.warmup_steps=6"]
+    assert main.main(command(workdir, *explode, "--config.checkpoint_every_steps=1")) == 2
+    error = capsys.readouterr().err
+    assert "not finite" in error
+    assert "step" in error
+    assert error.count("\n") == 1
+    checkpoints = checkpoint.Checkpoints(workdir)
+    for step in checkpoints.steps():
+        for value in checkpoints.read(step, "student").values():
+            assert np.isfinite(value).all()
+    checkpoints.close()
+
+
+MISTAKES = {
+    "config file": ([f"--config={ROOT}/configs/quickstrat.py"], "did you mean"),
+    "leaf": (["--config.batchsize=8"], "'batchsize': did you mean 'batch_size'"),
+    "type of a leaf": (["--config.batch_size=many"], "many"),
+    "argument": ([f"--config={QUICKSTART}:date=digits"], "'date=digits'"),
+    "data set in the argument": ([f"--config={QUICKSTART}:data=digit"], "did you mean 'digits'"),
+    "model": (["--config.student.name=resnet_cifra"], "did you mean 'resnet_cifar'"),
+    "convolution": (["--config.student.conv=addr"], "did you mean 'adder'"),
+    "data set": (["--config.data.name=digit"], "did you mean 'digits'"),
+    "loss": ([f"--config={QUICKSTART}:distill=pkdd"], "did you mean 'pkkd'"),
+    "optimiser": (["--config.optim.name=sdg"], "did you mean 'sgd'"),
+    "batch of zero": (["--config.batch_size=0"], "config.batch_size=0"),
+    "negative batch": (["--config.batch_size=-8"], "config.batch_size=-8"),
+    "batch and devices": (["--config.batch_size=18"], "4 devices"),
+    "depth": (["--config.student.depth=9"], "depth 9"),
+    "image shape": (["--config.student.name=resnet_imagenet", "--config.student.depth=18"], "8, 8"),
+    "dtype": (["--config.dtype=float16"], "'float16'"),
+    "teacher mode": (["--config.teacher.mode=progresive"], "did you mean 'progressive'"),
+    "teacher without directory": (["--config.teacher.mode=fixed"], "config.teacher.run_dir"),
+    "teacher's directory missing": (
+        ["--config.teacher.mode=fixed", "--config.teacher.run_dir=/nowhere"],
+        "/nowhere",
+    ),
+    "tap": (["--config.distill.pkkd.taps=stage9"], "'stage9'"),
+    "temperature": (["--config.distill.kd.temperature=0.0"], "temperature=0.0"),
+    "stray word": (["resume"], "'resume'"),
+    "data that is not prepared": (
+        [f"--config={QUICKSTART}:data=cifar10", "--config.data.data_dir=/nowhere"],
+        "pkkd_jax.data.prepare cifar10",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_clear_line(mistake, tmp_path, capsys):
+    arguments, message = MISTAKES[mistake]
+    line = command(tmp_path / "run", *arguments)
+    if arguments[0].startswith("--config="):
+        del line[1]
+    assert main.main(line) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+
+
+def test_no_config_is_one_clear_line(capsys):
+    assert main.main(["main"]) == 2
+    assert "--config is missing" in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_architecture_is_refused(finished, tmp_path, capsys):
+    more = [
+        "--config.teacher.mode=fixed",
+        f"--config.teacher.run_dir={finished[0]}",
+        "--config.teacher.depth=14",
+    ]
+    assert main.main(command(tmp_path / "run", *more)) == 2
+    assert "config.teacher.depth: 8 there, 14 here" in capsys.readouterr().err
+
+
+def test_a_directory_with_another_config_is_refused(finished, capsys):
+    assert main.main(command(finished[0], "--config.seed=7")) == 2
+    error = capsys.readouterr().err
+    assert "config.seed: 0 there, 7 here" in error
+    assert error.count("config.") == 1
+
+
+def test_a_directory_with_other_files_is_refused(tmp_path, capsys):
+    (tmp_path / "thesis.tex").write_text("precious")
+    assert main.main(command(tmp_path)) == 2
+    assert "holds other files" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_directory_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main.main(command(tmp_path / "file" / "run")) == 2
+    assert "cannot be written" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
+def test_a_full_disk_is_one_clear_line(finished, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text((finished[0] / "config.json").read_text())
+    (workdir / "metrics.jsonl").symlink_to("/dev/full")
+    (workdir / "metrics.tmp").symlink_to("/dev/full")
+    assert main.main(command(workdir)) == 2
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_evaluating_what_is_no_run_is_one_clear_line(tmp_path, capsys):
+    assert evaluate.main([str(tmp_path)]) == 2
+    assert "no config.json" in capsys.readouterr().err

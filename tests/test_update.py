@@ -1,0 +1,227 @@
+"""The joint update, evaluation and recalibration."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from pkkd_jax import distill, models, optim, update
+from pkkd_jax.distill.kd import kd
+from pkkd_jax.distill.pkkd import pkkd
+
+AUGMENTATION = dict(augmentation="crop_flip", mean=(120.0,) * 3, std=(60.0,) * 3)
+
+
+def recipe(**changes):
+    build = functools.partial(models.build, "resnet_cifar", depth=8, num_classes=10)
+    fields = dict(
+        student=build(conv="adder"),
+        teacher=build(conv="conv"),
+        teacher_learns=True,
+        losses={"pkkd": (1.0, pkkd()), "kd": (1.0, kd())},
+        alpha=1.0,
+        optimiser=optim.build(100, momentum=0.9),
+        distiller_optimiser=optax.sgd(0.1, momentum=0.9),
+        augmentation=AUGMENTATION,
+        seed=0,
+    )
+    return update.Recipe(**{**fields, **changes})
+
+
+def examples(count=16, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 8, 8, 3), np.uint8), rng.integers(0, 10, count, np.int32)
+
+
+def batch(devices, micro_batches=1):
+    def split(a):
+        shaped = a.reshape(micro_batches, devices, -1, *a.shape[1:])
+        return np.ascontiguousarray(shaped.swapaxes(0, 1))
+
+    images, labels = examples()
+    return {"image": split(images), "label": split(labels)}
+
+
+@functools.cache
+def initial():
+    return jax.device_get(update.init_state(recipe(), examples()[0]))
+
+
+def run(the_recipe, state, devices=1, steps=2, micro_batches=1):
+    step = update.pmap(update.joint_update(the_recipe))
+    for _ in range(steps):
+        state, metrics = step(state, batch(devices, micro_batches))
+        state, metrics = jax.device_get((state, metrics))
+    return state, metrics
+
+
+def assert_close(a, b, tolerance=1e-3):
+    def check(x, y):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+    jax.tree.map(check, a, b)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def differs(a, b):
+    return any(
+        (np.asarray(x) != np.asarray(y)).any()
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    )
+
+
+@functools.cache
+def one_device():
+    return run(recipe(), initial())
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_four_devices_equal_one(micro_batches):
+    one = one_device() if micro_batches == 1 else run(recipe(), initial(), 1, 2, 2)
+    assert_close(run(recipe(), initial(), 4, 2, micro_batches), one)
+
+
+def test_augmentation_is_part_of_the_update():
+    plain = recipe(augmentation={**AUGMENTATION, "augmentation": "none"})
+    assert differs(run(plain, initial())[0].student.params, one_device()[0].student.params)
+
+
+def test_teacher_ignores_student():
+    other = jax.tree.map(lambda a: a * 1.1, initial().student.params)
+    state = initial().replace(student=initial().student.replace(params=other))
+    state, _ = run(recipe(alpha=3.0), state)
+    assert differs(state.student.params, one_device()[0].student.params)
+    assert_equal(state.teacher, one_device()[0].teacher)
+
+
+def test_without_distillation_weight_the_student_ignores_the_teacher():
+    free = recipe(losses={name: (0.0, loss) for name, (_, loss) in recipe().losses.items()})
+    other = jax.tree.map(lambda a: a * 1.1, initial().teacher.params)
+    changed = initial().replace(teacher=initial().teacher.replace(params=other))
+    # Equal to rounding: XLA may order the sum of the losses' zeros differently, not the student's.
+    assert_close(run(free, initial())[0].student, run(free, changed)[0].student, 1e-6)
+
+
+def test_with_distillation_weight_the_student_follows_the_teacher():
+    other = jax.tree.map(lambda a: a * 1.1, initial().teacher.params)
+    changed = initial().replace(teacher=initial().teacher.replace(params=other))
+    assert differs(run(recipe(), changed)[0].student.params, one_device()[0].student.params)
+
+
+def test_a_fixed_teacher_does_not_move():
+    state = initial().replace(teacher=initial().teacher.replace(opt_state=()))
+    after, metrics = run(recipe(teacher_learns=False), state)
+    assert_equal(after.teacher, state.teacher)
+    assert differs(after.student.params, state.student.params)
+    assert np.isfinite(metrics["student/loss_mid"])
+
+
+def test_a_network_trains_alone():
+    alone = recipe(teacher=None, losses={})
+    state = jax.device_get(update.init_state(alone, examples()[0]))
+    after, metrics = run(alone, state)
+    assert after.teacher is None
+    assert set(metrics) == {"student/loss", "student/loss_ce", "student/accuracy"}
+
+
+def test_diagnostics_of_every_tap_are_logged():
+    metrics = one_device()[1]
+    for tap in ("stage1.block1.conv2", "stage2.block1.conv2", "stage3.block1.conv2"):
+        for what in ("sigma_student", "sigma_teacher", "rank_student", "rank_teacher", "underflow"):
+            assert np.isfinite(metrics[f"student/{what}/{tap}"])
+
+
+def test_label_smoothing_raises_the_loss_of_a_sure_network():
+    smooth = run(recipe(label_smoothing=0.2), initial(), steps=1)[1]
+    plain = run(recipe(), initial(), steps=1)[1]
+    assert smooth["student/loss_ce"] != plain["student/loss_ce"]
+    assert smooth["teacher/accuracy"] == plain["teacher/accuracy"]
+
+
+def test_bfloat16_trains_float32_parameters():
+    build = functools.partial(models.build, "resnet_cifar", depth=8, num_classes=10)
+    half = recipe(
+        student=build(conv="adder", dtype=jnp.bfloat16),
+        teacher=build(conv="conv", dtype=jnp.bfloat16),
+    )
+    state, metrics = run(half, initial())
+    assert {a.dtype for a in jax.tree.leaves(state.student.params)} == {np.dtype("float32")}
+    full = one_device()[1]
+    assert abs(metrics["student/loss_ce"] - full["student/loss_ce"]) < 0.3
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_adder_scaling_does_not_depend_on_the_number_of_devices(devices):
+    gradients = {"filters": jax.random.normal(jax.random.key(0), (4, 3, 3, 2, 2))}
+    scale = optim.scale_by_adder_norm(0.2)
+
+    def scaled(state, part):
+        mean = jax.lax.pmean(jax.tree.map(lambda g: g.mean(0), part), update.AXIS)
+        return scale.update(mean, state)[0]
+
+    parts = jax.tree.map(lambda g: g.reshape(devices, 4 // devices, *g.shape[1:]), gradients)
+    found = update.pmap(scaled)(optax.EmptyState(), parts)["filters"]
+    np.testing.assert_allclose(np.linalg.norm(found), 0.2 * np.sqrt(36), rtol=1e-5)
+    mean = np.asarray(gradients["filters"]).mean(0)
+    np.testing.assert_allclose(found, mean * 1.2 / np.linalg.norm(mean), rtol=1e-4, atol=1e-6)
+
+
+def test_evaluation_leaves_padding_out():
+    model, variables = recipe().teacher, initial().teacher.variables
+    images, labels = examples(7)
+    mapped = update.pmap(update.evaluation(model, AUGMENTATION["mean"], AUGMENTATION["std"]))
+    filled = np.concatenate([images, images[:1]]), np.append(labels, labels[0])
+    mask = np.array([1, 1, 1, 1, 1, 1, 1, 0], np.float32)
+    padded = {"image": filled[0], "label": filled[1], "mask": mask}
+    padded = {key: value.reshape(4, 2, *value.shape[1:]) for key, value in padded.items()}
+    found = update.evaluate(mapped, variables, [padded])
+    logits = np.float64(
+        model.apply(variables, (images - np.float32(120)) / np.float32(60), train=False).logits
+    )
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(found["loss"], -log_p[np.arange(7), labels].mean(), rtol=1e-4)
+    assert found["accuracy"] == (logits.argmax(-1) == labels).mean()
+    best = np.argsort(-logits)[:, :5]
+    assert found["top5"] == np.mean([label in row for label, row in zip(labels, best, strict=True)])
+
+
+def test_recalibration_pools_batches_and_keeps_parameters():
+    model, variables = recipe().student, initial().student.variables
+    images, _ = examples()
+    mapped = update.pmap(update.batch_statistics(model, AUGMENTATION["mean"], AUGMENTATION["std"]))
+    halves = [{"image": part.reshape(2, 1, 4, 8, 8, 3)} for part in (images[:8], images[8:])]
+    found = update.recalibrate(mapped, variables, halves)
+    assert_equal(found["params"], variables["params"])
+    whole = (images - np.float32(120)) / np.float32(60)
+    outputs, _ = model.apply(variables, whole, train=True, mutable=["batch_stats"])
+    stem = np.float64(outputs.features["stem"])
+    np.testing.assert_allclose(
+        found["batch_stats"]["stem_bn"]["mean"], stem.mean((0, 1, 2)), rtol=1e-3, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        found["batch_stats"]["stem_bn"]["var"], stem.var((0, 1, 2)), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_a_users_own_loss_takes_part(tmp_path, monkeypatch):
+    (tmp_path / "my_loss.py").write_text(
+        "from pkkd_jax.distill import Distiller\n"
+        "def logit_matching(scale=1.0):\n"
+        "    def apply(params, student, teacher, axis_name):\n"
+        "        loss = scale * ((student.logits - teacher.logits) ** 2).mean()\n"
+        "        return loss, {'loss_logits': loss}\n"
+        "    return Distiller(lambda key, student, teacher: {}, apply)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    losses = distill.build({"my_loss.logit_matching": {"weight": 0.5, "scale": 2.0}})
+    own = dataclasses.replace(recipe(), losses=losses)
+    _, metrics = run(own, jax.device_get(update.init_state(own, examples()[0])), steps=1)
+    wanted = metrics["student/loss_ce"] + 0.5 * metrics["student/loss_logits"]
+    np.testing.assert_allclose(metrics["student/loss"], wanted, rtol=1e-5)
