@@ -6,6 +6,7 @@ python -m pkkd_jax.main --config=configs/NAME.py[:ARG] --workdir=DIR --config.an
 import errno
 import os
 import re
+import runpy
 import sys
 from pathlib import Path
 
@@ -25,52 +26,50 @@ USAGE = (
 
 def _parse(argv: list[str]):
     """The configuration and the run directory that `argv` asks for."""
-    values = flags.FlagValues()
-    flags.DEFINE_string(
-        "workdir", None, "Run directory; runs/NAME if not given.", flag_values=values
-    )
-    config_flag = config_flags.DEFINE_config_file(
-        "config", None, "A file of configs/, FILE.py[:ARG].", flag_values=values
-    )
     if {"--help", "-h", "--helpfull"} & set(argv):
         print(__doc__)
-        print(values.main_module_help() or values.get_help())
         raise SystemExit(0)
-    given = [v for v in argv[1:] if re.match(r"--?config(=|$)", v)]
+    given = [item for item in argv[1:] if re.match(r"--?config=", item)]
     if not given:
         raise names.UserError(f"--config is missing: {USAGE}")
     path, _, argument = given[-1].partition("=")[2].partition(":")
+    config = _load(path, argument)
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Run directory.", flag_values=values)
+    flag = config_flags.DEFINE_config_dict("config", config, flag_values=values)
+    words = [argv[0], *(item for item in argv[1:] if item not in given)]
+    try:
+        sys.argv = words  # config_flags reads the leaves from there
+        rest = values(words)
+    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
+        leaves = _leaves(config.to_dict())
+        for item in words[1:]:
+            leaf = re.match(r"--config\.([^=]+)", item)
+            if leaf and leaf.group(1) not in leaves:
+                raise names.unknown("config leaf", leaf.group(1), leaves) from error
+        text = " ".join(str(error).split())
+        raise names.UserError(f"{text}: mend that argument; usage: {USAGE}") from error
+    if len(rest) > 1:
+        raise names.UserError(f"unexpected argument {rest[1]!r}: {USAGE}")
+    name = Path(path).stem + (f"-{re.sub('[^A-Za-z0-9]+', '-', argument)}" if argument else "")
+    return flag.value, Path(values.workdir or Path("runs") / name)
+
+
+def _load(path: str, argument: str):
+    """What `get_config` of the file at `path` returns."""
     if not Path(path).is_file():
         folder = Path(path).parent if Path(path).parent.is_dir() else Path("configs")
         raise names.unknown("config file", path, map(str, folder.glob("*.py")))
     try:
-        rest = values(argv)
-        config = config_flag.value
+        return runpy.run_path(path)["get_config"](argument or None)
     except names.UserError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        raise names.UserError(_leaf_error(argv, path, argument, error)) from error
-    if len(rest) > 1:
-        raise names.UserError(f"unexpected argument {rest[1]!r}: {USAGE}")
-    name = Path(path).stem + (f"-{re.sub('[^A-Za-z0-9]+', '-', argument)}" if argument else "")
-    return config, Path(values.workdir or Path("runs") / name)
-
-
-def _leaf_error(argv, path, argument, error) -> str:
-    """One line for a leaf that is not there or a value that does not fit it."""
-    values = flags.FlagValues()
-    flag = config_flags.DEFINE_config_file("config", None, "", flag_values=values)
-    text = " ".join(str(error).split())
-    try:
-        values([argv[0], f"--config={path}{':' if argument else ''}{argument}"])
-        leaves = _leaves(flag.value.to_dict())
-    except Exception:  # the file itself is at fault
-        return f"config file {path!r} cannot be read: {type(error).__name__}: {text}"
-    for item in argv[1:]:
-        match = re.match(r"--config\.([^=]+)", item)
-        if match and match.group(1) not in leaves:
-            return str(names.unknown("config leaf", match.group(1), leaves))
-    return f"{text} (run with --help for the flags)"
+    except Exception as error:
+        text = " ".join(str(error).split())
+        raise names.UserError(
+            f"config file {path!r} cannot be read: {type(error).__name__}: {text}; it must define"
+            " get_config(arg=None)"
+        ) from error
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[str]:

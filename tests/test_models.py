@@ -330,7 +330,9 @@ def test_a_wrong_convolution_is_refused_when_the_model_is_made():
 
 @pytest.mark.parametrize("name", ["resnet_cifar", "vgg_small"])
 def test_a_wrong_keyword_gets_the_nearest_one(name):
-    with pytest.raises(UserError, match=f"{name}, 'dropuot': did you mean 'dropout'.*num_classes"):
+    with pytest.raises(
+        UserError, match=f"'{name}', 'dropuot': did you mean 'dropout'.*num_classes"
+    ):
         make(name, dropuot=0.1)
 
 
