@@ -36,10 +36,10 @@ def _parse(argv: list[str]):
     config = _load(path, argument)
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Run directory.", flag_values=values)
-    flag = config_flags.DEFINE_config_dict("config", config, flag_values=values)
     words = [argv[0], *(item for item in argv[1:] if item not in given)]
     try:
-        sys.argv = words  # config_flags reads the leaves from there
+        sys.argv = words  # where config_flags reads the leaves, when the flag is defined
+        flag = config_flags.DEFINE_config_dict("config", config, flag_values=values)
         rest = values(words)
     except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
         leaves = _leaves(config.to_dict())
