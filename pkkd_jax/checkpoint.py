@@ -18,8 +18,8 @@ KEEP_LATEST = 2
 
 
 def _flatten(tree) -> dict[str, np.ndarray]:
-    """A tree as `{"params.stem.kernel": array}`, in copies that no donated buffer can reach."""
-    flat = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep=".")
+    """A tree as `{"params/stem/kernel": array}`, in copies that no donated buffer can reach."""
+    flat = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
     return {key: np.array(value) for key, value in flat.items()}
 
 
@@ -99,7 +99,7 @@ class Checkpoints:
 
 def _fill(template, flat: dict[str, np.ndarray], name: str):
     state_dict = serialization.to_state_dict(template)
-    wanted = traverse_util.flatten_dict(state_dict, sep=".", keep_empty_nodes=True)
+    wanted = traverse_util.flatten_dict(state_dict, sep="/", keep_empty_nodes=True)
     empty = traverse_util.empty_node
     differing = {key for key, value in wanted.items() if value is not empty} ^ set(flat)
     for key in set(flat) & set(wanted):
@@ -110,7 +110,7 @@ def _fill(template, flat: dict[str, np.ndarray], name: str):
             f"the checkpoint's {name} is of another architecture: {sorted(differing)[0]} differs"
         )
     filled = {key: value if value is empty else flat[key] for key, value in wanted.items()}
-    return serialization.from_state_dict(template, traverse_util.unflatten_dict(filled, sep="."))
+    return serialization.from_state_dict(template, traverse_util.unflatten_dict(filled, sep="/"))
 
 
 def read_config(run_dir: str | Path) -> dict:
@@ -172,6 +172,6 @@ def load_network(run_dir: str | Path, which: str = "student", step: str | int = 
     finally:
         checkpoints.close()
     variables = {"params": {}, "batch_stats": {}}
-    nested = traverse_util.unflatten_dict(flat, sep=".")
+    nested = traverse_util.unflatten_dict(flat, sep="/")
     variables.update({key: nested[key] for key in variables if key in nested})
     return model, jax.tree.map(np.asarray, variables)
