@@ -53,18 +53,27 @@ def base() -> ConfigDict:
     return config
 
 
-def losses(name: str) -> dict[str, dict[str, Any]]:
-    """`config.distill` for one method with the defaults of its keywords; "pkkd" includes KD."""
+def _defaults(package: str, name: str, kind: str) -> dict[str, Any]:
+    """The keywords of what `name` stands for that can be leaves, with their defaults."""
+    parameters = inspect.signature(names.resolve(package, name, kind)).parameters.values()
+    return {p.name: p.default for p in parameters if isinstance(p.default, (bool, int, float, str))}
 
-    def one(name):
-        parameters = inspect.signature(
-            names.resolve("pkkd_jax.distill", name, "loss")
-        ).parameters.values()
-        return {"weight": 1.0, **{p.name: p.default for p in parameters}}
 
+def losses(name: str) -> dict[str, Any]:
+    """`config.distill` for one method with the defaults of its keywords; "pkkd" includes KD.
+
+    A dotted name becomes nested dicts, since a leaf's name has no dots.
+    """
     if name == "none":
         return {}
-    return {key: one(key) for key in ([name, "kd"] if name == "pkkd" else [name])}
+    found: dict[str, Any] = {}
+    for each in [name, "kd"] if name == "pkkd" else [name]:
+        *parents, last = each.split(".")
+        place = found
+        for key in parents:
+            place = place.setdefault(key, {})
+        place[last] = {"weight": 1.0, **_defaults("pkkd_jax.distill", each, "loss")}
+    return found
 
 
 def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
@@ -72,23 +81,28 @@ def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
 
     Args:
       config: a configuration.
-      argument: `data=NAME` and `distill=NAME` ("none" for no loss) swap a whole nested dict, which
-        a locked configuration cannot do leaf by leaf.
+      argument: `data=NAME`, `distill=NAME` ("none" for no loss), `student=NAME` and `teacher=NAME`
+        swap a whole nested dict, which a locked configuration cannot do leaf by leaf.
     Raises:
       UserError: for an unknown key or name.
     """
     for item in filter(None, (argument or "").split(",")):
         key, equals, value = item.partition("=")
-        if key not in ("data", "distill") or not equals:
+        if key not in ("data", "distill", "student", "teacher") or not equals:
             raise names.UserError(
-                f"argument {item!r} of the config: expected data=NAME or distill=NAME,"
-                " with commas between; every other leaf is set by --config.LEAF=VALUE"
+                f"argument {item!r} of the config: expected data=NAME, distill=NAME, student=NAME or"
+                " teacher=NAME, with commas between; every other leaf is set by --config.LEAF=VALUE"
             )
-        if key == "data":
-            names.resolve("pkkd_jax.data.sources", value, "data set")
-            config.data.name = value
-        else:
+        if key == "distill":
             config.distill = losses(value)
+        elif key == "data":
+            leaves = _defaults("pkkd_jax.data.sources", value, "data set")
+            leaves.pop("split", None)
+            config.data = {"name": value, "data_dir": config.data.data_dir, **leaves}
+        else:
+            old = config[key].to_dict()
+            kept = {k: old[k] for k in ("mode", "run_dir", "which", "conv") if k in old}
+            config[key] = {**_defaults("pkkd_jax.models", value, "model"), **kept, "name": value}
     return config.lock()
 
 

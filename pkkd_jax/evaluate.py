@@ -1,6 +1,6 @@
 """Evaluates the networks of a run afresh.
 
-python -m pkkd_jax.evaluate RUN_DIR [--data NAME] [--data_dir DIR] [--step last|best|N]
+python -m pkkd_jax.evaluate RUN_DIR [--split train] [--data NAME] [--step best]
 """
 
 import os
@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import argparse
+import dataclasses
 import json
 import sys
 
@@ -23,8 +24,9 @@ def evaluate(
     data_name: str = "",
     data_dir: str = "",
     batch_size: int = 0,
+    split: str = "test",
 ) -> dict[str, float]:
-    """Test figures of a run's student and teacher.
+    """Figures of a run's student and teacher.
 
     Args:
       run_dir: a directory that a training wrote.
@@ -32,8 +34,9 @@ def evaluate(
       data_name: another data set with as many classes; the run's own if "".
       data_dir: where its files are; the run's own place if "".
       batch_size: over all devices; the run's own if 0.
+      split: "test" or "train", whose images are then not augmented either.
     Returns:
-      `test/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
+      `<split>/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
     Raises:
       UserError: if there is no such run, step or data set.
     """
@@ -62,8 +65,11 @@ def evaluate(
                     f"data set {arguments['name']!r} has {splits.train.num_classes} classes, the"
                     f" {which} {config[which]['num_classes']}"
                 )
+    if split == "train":
+        splits = dataclasses.replace(splits, test=splits.train)
     recalibrate_batches = config["eval"]["recalibrate_batches"]
-    return train.evaluate_networks(networks, variables, splits, recalibrate_batches, {})
+    figures = train.evaluate_networks(networks, variables, splits, recalibrate_batches, {})
+    return {key.replace("test", split, 1): value for key, value in figures.items()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,12 +79,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", help="directory that a training wrote")
     parser.add_argument("--data", default="", help="another data set")
     parser.add_argument("--data_dir", default="", help="where the data set's files are")
+    parser.add_argument("--split", default="test", choices=("test", "train"))
     parser.add_argument("--step", default="last", help="last, best, or a saved step")
     parser.add_argument("--batch_size", type=int, default=0, help="default: the run's")
     given = parser.parse_args(argv)
     step = int(given.step) if given.step.isdigit() else given.step
     try:
-        figures = evaluate(given.run_dir, step, given.data, given.data_dir, given.batch_size)
+        figures = evaluate(
+            given.run_dir, step, given.data, given.data_dir, given.batch_size, given.split
+        )
     except names.UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -98,6 +98,8 @@ class AdderConv(linen.Module):
         size = (size, size) if isinstance(size, int) else tuple(size)
         if len(size) != 2 or min(size) < 1:
             raise self._refused("kernel_size", "a positive int or two, (height, width)")
+        if self.feature_group_count < 1:
+            raise self._refused("feature_group_count", "1 or more")
         shape = (*size, inputs.shape[-1] // self.feature_group_count, self.features)
         filters = self.param("filters", self.kernel_init, shape, self.param_dtype)
         bias = None

@@ -45,7 +45,15 @@ class Interrupted(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Both splits of a data set, and how they are cut into batches."""
+    """Both splits of a data set, and how they are cut into batches.
+
+    Attributes:
+      train: images to learn from, and to recalibrate BatchNorm with.
+      test: images to evaluate on.
+      batch_size: over all devices.
+      seed: of the order of training images and of their crops.
+      workers: processes that decode images.
+    """
 
     train: data.Source
     test: data.Source
@@ -153,7 +161,8 @@ def build(config: ConfigDict) -> Experiment:
         seed=plain["seed"],
         label_smoothing=plain["label_smoothing"],
     )
-    evals = frozenset({*range(every, total + 1, every), total})
+    # The last one is at the end: none so shortly before that it says the same.
+    evals = frozenset({*range(every, total - every // 2, every), total})
     splits = Splits(train, test, batch_size, plain["seed"], plain["workers"])
     return Experiment(plain, splits, recipe, teacher_variables, total, evals)
 

@@ -17,6 +17,8 @@ CASES = [(path.stem, None) for path in sorted(CONFIGS.glob("*.py"))] + [
     ("vgg_small", "data=cifar100"),
     ("resnet20", "distill=kd"),
     ("resnet20", "distill=none"),
+    ("resnet20", "student=vgg_small,teacher=vgg_small,distill=kd"),
+    ("resnet18", "data=cifar10,student=resnet_cifar,teacher=resnet_cifar"),
 ]
 
 

@@ -107,6 +107,15 @@ def test_evaluating_a_run_afresh_gives_its_results(finished):
         np.testing.assert_allclose(figures[key], value, atol=1e-4, rtol=1e-4)
 
 
+def test_training_images_are_evaluated_on_request(finished, capsys):
+    workdir, _ = finished
+    assert evaluate.main([str(workdir), "--split=train"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    share = figures["train/student/accuracy"] * 1437
+    assert share == pytest.approx(round(share), abs=1e-3)
+    assert not any(key.startswith("test/") for key in figures)
+
+
 def test_a_finished_run_is_not_trained_again(finished, capsys):
     workdir, _ = finished
     before = (workdir / "metrics.jsonl").read_text()
@@ -211,6 +220,51 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
             assert np.isfinite(value).all()
     checkpoints.close()
 
+
+def test_a_users_own_loss_network_and_data_are_named_by_dotted_paths(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = f"--config={QUICKSTART}:distill=mine.logits,student=mine.Net,data=mine.data"
+    more = ["--config.distill.mine.logits.scale=0.5", "--config.student.width=6"]
+    line = command(tmp_path / "run", *more)
+    assert main.main([line[0], config, *line[2:]]) == 0
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "train/student/loss_logits" in rows
+    _, parts, _ = final(tmp_path / "run")
+    assert parts["student"]["params/Conv_0/kernel"].shape == (3, 3, 1, 6)
+    with pytest.raises(UserError, match="outside"):
+        checkpoint.load_network(tmp_path / "run")
+
+
+MINE = """
+from flax import linen
+from pkkd_jax import nn
+from pkkd_jax.data.sources.digits import digits as data
+from pkkd_jax.distill import Distiller
+
+
+def logits(scale=1.0):
+    def apply(params, student, teacher, axis_name):
+        loss = scale * ((student.logits - teacher.logits) ** 2).mean()
+        return loss, {"loss_logits": loss}
+
+    return Distiller(lambda key, student, teacher: {}, apply)
+
+
+class Net(linen.Module):
+    num_classes: int
+    conv: str = "conv"
+    bn_axis_name: str | None = None
+    dtype: object = None
+    width: int = 4
+
+    @linen.compact
+    def __call__(self, images, train):
+        x = linen.Conv(self.width, (3, 3))(images)
+        y = nn.convolution(self.conv)(self.width, (3, 3))(x)
+        z = linen.BatchNorm(not train, axis_name=self.bn_axis_name)(y).mean((1, 2))
+        return nn.Outputs(linen.Dense(self.num_classes)(z), {"stem": x, "conv1": y})
+"""
 
 MISTAKES = {
     "config file": ([f"--config={ROOT}/configs/quickstrat.py"], "did you mean"),

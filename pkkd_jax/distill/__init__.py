@@ -25,21 +25,21 @@ class Distiller(NamedTuple):
     apply: Callable[..., Any]
 
 
-def build(losses: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float, Distiller]]:
+def build(losses: Mapping[str, Any], module: str = "") -> dict[str, tuple[float, Distiller]]:
     """Builds `config.distill`: maps each name to its weight and its `Distiller`.
+
+    A dict without a weight is a module, the first part of a dotted name.
 
     Raises:
       UserError: for an unknown loss or keyword; the message has the nearest right one.
     """
-    return {
-        name: (
-            arguments["weight"],
-            names.call(
-                "pkkd_jax.distill",
-                name,
-                "loss",
-                **{key: value for key, value in arguments.items() if key != "weight"},
-            ),
-        )
-        for name, arguments in losses.items()
-    }
+    built: dict[str, tuple[float, Distiller]] = {}
+    for key, arguments in losses.items():
+        name = module + key
+        if "weight" not in arguments:
+            built |= build(arguments, f"{name}.")
+            continue
+        keywords = {key: value for key, value in arguments.items() if key != "weight"}
+        distiller = names.call("pkkd_jax.distill", name, "loss", **keywords)
+        built[name] = arguments["weight"], distiller
+    return built
