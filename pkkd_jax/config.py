@@ -90,8 +90,8 @@ def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
         key, equals, value = item.partition("=")
         if key not in ("data", "distill", "student", "teacher") or not equals:
             raise names.UserError(
-                f"argument {item!r} of the config: expected data=NAME, distill=NAME, student=NAME or"
-                " teacher=NAME, with commas between; every other leaf is set by --config.LEAF=VALUE"
+                f"argument {item!r} of the config: expected data=NAME, distill=NAME, student=NAME"
+                " or teacher=NAME, with commas between; every other leaf is --config.LEAF=VALUE"
             )
         if key == "distill":
             config.distill = losses(value)

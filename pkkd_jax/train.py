@@ -293,12 +293,14 @@ def evaluate_networks(
       `test/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
     """
     figures = {}
-    mean, std = splits.train.mean, splits.train.std
+    source = splits.train
+    mean, std = source.mean, source.std
+    augmentation = {"augmentation": source.augmentation, "mean": mean, "std": std}
     for name, model in networks.items():
         if name not in mapped:
             mapped[name] = (
                 update_lib.pmap(update_lib.evaluation(model, mean, std)),
-                update_lib.pmap(update_lib.batch_statistics(model, mean, std)),
+                update_lib.pmap(update_lib.batch_statistics(model, augmentation)),
             )
         evaluate, statistics = mapped[name]
         raw = update_lib.evaluate(evaluate, variables[name], splits.test_batches())

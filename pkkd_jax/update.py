@@ -184,9 +184,8 @@ def joint_update(recipe: Recipe) -> Callable:
         return total + student_loss, (new_stats, metrics)
 
     def micro_batch(params, stats, step, index, images, labels):
-        per_device, device = labels.shape[0], lax.axis_index(AXIS)
-        start = (index * lax.axis_size(AXIS) + device) * per_device
-        positions = start + jnp.arange(per_device)
+        start = (index * lax.axis_size(AXIS) + lax.axis_index(AXIS)) * labels.shape[0]
+        positions = start + jnp.arange(labels.shape[0])
         augment_key, dropout_key = jax.random.split(
             jax.random.fold_in(jax.random.key(recipe.seed), step)
         )
@@ -275,10 +274,11 @@ def evaluate(mapped: Callable, variables: Any, batches: Iterable) -> dict[str, f
     }
 
 
-def batch_statistics(model: linen.Module, mean, std) -> Callable:
+def batch_statistics(model: linen.Module, augmentation: Mapping[str, Any]) -> Callable:
     """Makes `(variables, batch) -> BatchNorm statistics of that batch alone`, for `pmap`.
 
     `batch` is a training batch with a leading axis of micro-batches, of which the first is used.
+    Images are augmented as in training: without, ResNet-20 lost two points on CIFAR-10.
     """
     model = _synchronised(model)
 
@@ -289,9 +289,11 @@ def batch_statistics(model: linen.Module, mean, std) -> Callable:
         return next_function(*args, **kwargs)
 
     def statistics(variables, batch):
-        images = data.normalise(batch["image"][0], mean, std)
+        images, key = batch["image"][0], jax.random.key(0)
+        positions = lax.axis_index(AXIS) * images.shape[0] + jnp.arange(images.shape[0])
+        images = data.augment(key, images, positions, **augmentation)
         with linen.intercept_methods(without_memory):
-            _, stats = _forward(model, variables, images, True, jax.random.key(0))
+            _, stats = _forward(model, variables, images, True, key)
         return lax.pmean(stats, AXIS)
 
     return statistics

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from pkkd_jax import data
+from pkkd_jax.data import pipeline
 from pkkd_jax.data.pipeline import example_indices
 from pkkd_jax.data.sources.arrays import ArraySource
 from pkkd_jax.names import UserError
@@ -142,11 +143,17 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def folder_batches(root, seed=0, start=0):
+def folder_batches(root, seed=0, start=0, workers=0):
     train = data.build_source("train", name="folder", data_dir=str(root), image_size=16)
     return list(
         data.train_batches(
-            train, batch_size=4, seed=seed, start_step=start, stop_step=4, num_devices=2
+            train,
+            batch_size=4,
+            seed=seed,
+            start_step=start,
+            stop_step=4,
+            num_devices=2,
+            workers=workers,
         )
     )
 
@@ -159,6 +166,26 @@ def test_photographs_are_cropped_the_same_way_whenever_they_are_asked_for(photog
     assert (other[0]["image"] != batches[0]["image"]).any()
 
 
+def test_random_parts_lie_inside_and_have_the_areas_and_ratios_of_the_recipe():
+    rng = np.random.default_rng(0)
+    boxes = [pipeline.random_box((500, 375), rng.random((10, 4)).tolist()) for _ in range(2000)]
+    left, top, right, bottom = np.array(boxes).T
+    assert left.min() >= 0
+    assert top.min() >= 0
+    assert right.max() == 500
+    assert bottom.max() == 375
+    area, ratio = (right - left) * (bottom - top) / (500 * 375), (right - left) / (bottom - top)
+    assert 0.075 < area.min() < 0.1
+    assert area.max() > 0.95
+    assert 0.74 < ratio.min() < 0.77
+    assert 1.30 < ratio.max() < 1.35
+    assert pipeline.random_box((400, 4), rng.random((10, 4)).tolist()) == (197, 0, 202, 4)
+
+
+def test_the_middle_is_seven_eighths_of_the_shorter_side():
+    assert pipeline.centre_box((512, 256), (224, 224)) == (144, 16, 368, 240)
+
+
 def test_all_photographs_are_evaluated_once(photographs):
     test = data.build_source("test", name="folder", data_dir=str(photographs), image_size=16)
     batches = list(data.eval_batches(test, batch_size=4, num_devices=2))
@@ -166,10 +193,20 @@ def test_all_photographs_are_evaluated_once(photographs):
     assert test.num_classes == 2
 
 
-def test_a_broken_photograph_is_named(photographs):
+def test_processes_decode_what_threads_decode(photographs):
+    threads, processes = (folder_batches(photographs, workers=workers) for workers in (0, 2))
+    assert len(threads) == len(processes) == 4
+    for a, b in zip(threads, processes, strict=True):
+        np.testing.assert_array_equal(a["image"], b["image"])
+        np.testing.assert_array_equal(a["label"], b["label"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_photograph_is_named(photographs, workers):
     (photographs / "train" / "cat" / "0.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match="example 0"):
-        folder_batches(photographs)
+    with pytest.raises(UserError, match=r"example 0 .*cannot be decoded") as error:
+        folder_batches(photographs, workers=workers)
+    assert "\n" not in str(error.value)
 
 
 def test_images_of_another_size_are_refused_where_one_is_wanted(photographs):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from pkkd_jax import distill, models, optim, update
+from pkkd_jax import data, distill, models, optim, update
 from pkkd_jax.distill.kd import kd
 from pkkd_jax.distill.pkkd import pkkd
 
@@ -195,7 +195,7 @@ def test_evaluation_leaves_padding_out():
 def test_recalibration_pools_batches_and_keeps_parameters():
     model, variables = recipe().student, initial().student.variables
     images, _ = examples()
-    mapped = update.pmap(update.batch_statistics(model, AUGMENTATION["mean"], AUGMENTATION["std"]))
+    mapped = update.pmap(update.batch_statistics(model, AUGMENTATION | {"augmentation": "none"}))
     halves = [{"image": part.reshape(2, 1, 4, 8, 8, 3)} for part in (images[:8], images[8:])]
     found = update.recalibrate(mapped, variables, halves)
     assert_equal(found["params"], variables["params"])
@@ -208,6 +208,22 @@ def test_recalibration_pools_batches_and_keeps_parameters():
     np.testing.assert_allclose(
         found["batch_stats"]["stem_bn"]["var"], stem.var((0, 1, 2)), rtol=1e-3, atol=1e-5
     )
+
+
+def test_recalibration_augments_as_the_training_does():
+    model, variables = recipe().student, initial().student.variables
+    images, _ = examples()
+    found = {}
+    for augmentation in ("none", "crop_flip"):
+        arguments = AUGMENTATION | {"augmentation": augmentation}
+        mapped = update.pmap(update.batch_statistics(model, arguments))
+        stats = mapped(variables, {"image": images.reshape(4, 1, 4, 8, 8, 3)})
+        found[augmentation] = np.asarray(stats["stem_bn"]["mean"])
+    augmented = data.augment(jax.random.key(0), images, np.arange(16), **AUGMENTATION)
+    outputs, _ = model.apply(variables, augmented, train=True, mutable=["batch_stats"])
+    wanted = np.float64(outputs.features["stem"]).mean((0, 1, 2))
+    np.testing.assert_allclose(found["crop_flip"], wanted, rtol=1e-3, atol=1e-5)
+    assert np.abs(found["crop_flip"] - found["none"]).max() > 1e-3
 
 
 def test_a_users_own_loss_takes_part(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ class Source(Protocol):
         """Number of examples."""
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`{"image": uint8 [height, width, channels], "label": int}`."""
+        """`{"image": uint8 [height, width, channels] or a PIL image, "label": int}`."""
 
 
 def build_source(split: str, *, name: str, **arguments: Any) -> Source:

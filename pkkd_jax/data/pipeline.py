@@ -5,6 +5,7 @@ Everything is a function of seed, step and global position: there is nothing to 
 
 import functools
 import math
+import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -56,70 +57,91 @@ def _in_memory(source) -> InMemory:
     return InMemory(source)
 
 
-def resized_crop(image: Image.Image, size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
-    """A random part of `image` (8 to 100% of its area, ratio 3/4 to 4/3), resized to `size`."""
-    width, height = image.size
-    for _ in range(10):
-        area = rng.uniform(0.08, 1.0) * width * height
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+Box = tuple[float, float, float, float]
+
+
+def random_box(size: tuple[int, int], draws: list[list[float]]) -> Box:
+    """A random part of an image of `(width, height)`: 8 to 100% of its area, ratio 3/4 to 4/3.
+
+    Args:
+      size: of the image.
+      draws: four uniform numbers of [0, 1) a try: area, ratio, left and top.
+    Returns:
+      `(left, top, right, bottom)`; the centre if no try fits into the image.
+    """
+    width, height = size
+    for area, ratio, left, top in draws:
+        area = (0.08 + 0.92 * area) * width * height
+        ratio = (3 / 4) ** (1 - 2 * ratio)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
-            break
-    else:  # an image too long for any such part: its centre
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
-        left, top = (width - w) // 2, (height - h) // 2
-    box = (left, top, left + w, top + h)
-    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box))
+            left, top = int(left * (width - w + 1)), int(top * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
 
 
-def centre_crop(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
-    """The middle of `image`: its shorter side is resized to 256/224 of `size` first."""
-    width, height = image.size
-    # The same pixels as a resize and then a crop, in one pass.
-    scale = min(width / size[1], height / size[0]) * 224 / 256
-    w, h = size[1] * scale, size[0] * scale
+def centre_box(size: tuple[int, int], shape: tuple[int, int]) -> Box:
+    """The middle of an image of `(width, height)`, for a crop of `shape` `(height, width)`.
+
+    The same pixels as resizing the shorter side to 256/224 of the crop's and then cropping, in one
+    pass.
+    """
+    width, height = size
+    scale = min(width / shape[1], height / shape[0]) * 224 / 256
+    w, h = shape[1] * scale, shape[0] * scale
     left, top = (width - w) / 2, (height - h) / 2
-    box = (left, top, left + w, top + h)
-    return np.asarray(image.resize(size[::-1], Image.Resampling.BILINEAR, box=box))
+    return left, top, left + w, top + h
 
 
 class _Load:
-    """Position in the training stream, or index of a test image, to pixels and label."""
+    """Positions in the training stream, or indices of test images, to pixels and labels."""
 
     def __init__(self, source, seed: int | None):
         self.source, self.seed = source, seed
 
-    def __call__(self, position: int) -> dict[str, np.ndarray]:
-        position, size = int(position), self.source.image_shape[:2]
-        index = position
+    def __call__(self, positions: np.ndarray) -> Batch:
+        images = np.empty((len(positions), *self.source.image_shape), np.uint8)
+        labels = np.empty(len(positions), np.int32)
+        indices, draws = positions, [None] * len(positions)
         if self.seed is not None:
-            index = int(example_indices(self.seed, len(self.source), np.array([position]))[0])
-        try:
-            example = self.source[index]
-            image = example["image"]
-            if not isinstance(image, Image.Image):
-                image = Image.fromarray(image)
-            if self.seed is None:
-                pixels = centre_crop(image, size)
-            else:
-                rng = np.random.default_rng((self.seed, 1, position))
-                pixels = resized_crop(image, size, rng)
-        except OSError as error:
-            raise UserError(
-                f"example {index} of the data set cannot be decoded: {error}; mend or remove it"
-            ) from error
-        return {"image": pixels, "label": np.int32(example["label"])}
+            indices = example_indices(self.seed, len(self.source), positions)
+            rngs = (np.random.default_rng((self.seed, 1, int(p))) for p in positions)
+            draws = [rng.random((10, 4)).tolist() for rng in rngs]
+        for place, index in enumerate(indices):
+            try:
+                images[place], labels[place] = self._example(int(index), draws[place])
+            except OSError as error:
+                raise UserError(
+                    f"example {index} of the data set cannot be decoded: {error}; mend or remove it"
+                ) from error
+        return {"image": images, "label": labels}
+
+    def _example(self, index: int, draws: list | None) -> tuple[Image.Image, int]:
+        # On its own, so that a photograph's memory is free, and in the cache, for the next.
+        example = self.source[index]
+        image = example["image"]
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(image)
+        shape = self.source.image_shape[:2]
+        box = random_box(image.size, draws) if draws else centre_box(image.size, shape)
+        return image.resize(shape[::-1], Image.Resampling.BILINEAR, box=box), example["label"]
 
 
-def _stream(load: _Load, positions: np.ndarray, workers: int) -> Iterator[Batch]:
-    """Batches of decoded images for `positions` of `[batches, batch]`, read ahead by Grain."""
+def _stream(load: _Load, rows: np.ndarray, workers: int) -> Iterator[Batch]:
+    """The batch of each row of `rows` of `[batches, batch]`, read ahead by Grain."""
     import grain
+    from absl import flags
 
-    flat = positions.ravel()
-    dataset = grain.MapDataset.source(flat).map(load).batch(positions.shape[1])
-    threads = grain.ReadOptions(num_threads=0 if workers else 16, prefetch_buffer_size=64)
-    iterable = dataset.to_iter_dataset(threads)
+    if workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's processes read flags of their own, unset here
+    # A batch is one element: handled image by image, Grain costs a tenth of the decoding.
+    dataset = grain.MapDataset.source(rows).map(load)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = 0 if workers else cores
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    iterable = dataset.to_iter_dataset(options)
     if workers:
         iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return iter(iterable)
@@ -133,9 +155,9 @@ def _batches(source, positions, seed, workers) -> Iterator[tuple[np.ndarray, np.
             indices = row if seed is None else example_indices(seed, len(source), row)
             yield memory.gather(indices)
         return
-    flat = np.stack([row.ravel() for row in positions])
+    rows = np.stack([row.ravel() for row in positions])
     shape = next(iter(positions)).shape
-    for batch in _stream(_Load(source, seed), flat, workers):
+    for batch in _stream(_Load(source, seed), rows, workers):
         yield (
             batch["image"].reshape(*shape, *batch["image"].shape[1:]),
             batch["label"].reshape(shape),
@@ -239,6 +261,5 @@ def first_examples(source, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Training images 0 to `count - 1`, uint8 `[count, height, width, channels]`, and labels."""
     if source.augmentation != "resized_crop":
         return _in_memory(source).gather(np.arange(count))
-    load = _Load(source, None)
-    examples = [load(i) for i in range(count)]
-    return np.stack([e["image"] for e in examples]), np.array([e["label"] for e in examples])
+    batch = _Load(source, None)(np.arange(count))
+    return batch["image"], batch["label"]

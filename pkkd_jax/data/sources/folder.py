@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 from pkkd_jax.names import UserError
@@ -78,4 +77,4 @@ class folder:
                 f" {self.image_shape[1]}x{self.image_shape[0]}: augmentation"
                 f" {self.augmentation!r} wants one size, 'resized_crop' takes any"
             )
-        return {"image": np.asarray(image), "label": label}
+        return {"image": image, "label": label}

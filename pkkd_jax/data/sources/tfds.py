@@ -14,30 +14,60 @@ from pkkd_jax.names import UserError
 __all__ = ["cifar10", "cifar100", "fashion_mnist", "imagenet2012", "mnist"]
 
 
-def _open(name: str, split: str, data_dir: str):
-    """The split's `tfds.data_source`, whose images are still encoded bytes."""
-    import tensorflow_datasets as tfds
+class Records:
+    """One split of a prepared TFDS data set, its images still encoded.
 
-    folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    folder = Path(folder).expanduser()
-    place = f" --data_dir {folder}" if data_dir else ""
-    if not any((folder / name).glob("*/dataset_info.json")):
-        raise UserError(
-            f"data set {name!r} is not prepared in {str(folder)!r}: run"
-            f" `python -m pkkd_jax.data.prepare {name}{place}`, or name the right directory by"
-            " --config.data.data_dir"
-        )
-    try:
-        # By directory: TFDS would look the name up among its own builders, and those need more.
-        newest = max((folder / name).glob("*/dataset_info.json")).parent
-        builder = tfds.builder_from_directory(newest)
-        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    except Exception as error:
-        text = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"data set {name!r} in {str(folder)!r} cannot be read ({type(error).__name__}: {text}):"
-            f" prepare it again by `python -m pkkd_jax.data.prepare {name}{place}`"
-        ) from error
+    Args:
+      name: of a TFDS data set whose examples have an image and a label.
+      split: as TFDS calls it.
+      data_dir: directory of prepared data sets; `TFDS_DATA_DIR` or `~/tensorflow_datasets` if "".
+    Raises:
+      UserError: if the data set is not prepared there, or is damaged.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str):
+        import tensorflow_datasets as tfds
+
+        folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+        folder = Path(folder).expanduser()
+        place = f" --data_dir {folder}" if data_dir else ""
+        if not any((folder / name).glob("*/dataset_info.json")):
+            raise UserError(
+                f"data set {name!r} is not prepared in {str(folder)!r}: run"
+                f" `python -m pkkd_jax.data.prepare {name}{place}`, or name the right directory by"
+                " --config.data.data_dir"
+            )
+        try:
+            # By directory: TFDS would look the name up among its own builders, which need more.
+            newest = max((folder / name).glob("*/dataset_info.json")).parent
+            # TFDS's own parsing would cost as much as a tenth of a photograph's decoding.
+            self._records = tfds.builder_from_directory(newest).as_data_source(
+                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            )
+        except Exception as error:
+            text = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"data set {name!r} in {str(folder)!r} cannot be read ({type(error).__name__}:"
+                f" {text}): prepare it again by `python -m pkkd_jax.data.prepare {name}{place}`"
+            ) from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> tuple[bytes, int]:
+        """Encoded image and label."""
+        return _parse(self._records[index])
+
+    def read(self, start: int, stop: int) -> list[tuple[bytes, int]]:
+        """Neighbouring examples, which are faster to read together."""
+        return [_parse(record) for record in self._records.__getitems__(list(range(start, stop)))]
+
+
+def _parse(record: bytes) -> tuple[bytes, int]:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    feature = tf_example_pb2.Example.FromString(record).features.feature
+    return feature["image"].bytes_list.value[0], feature["label"].int64_list.value[0]
 
 
 def decode(encoded: bytes, mode: str) -> Image.Image:
@@ -47,20 +77,19 @@ def decode(encoded: bytes, mode: str) -> Image.Image:
 
 
 def _in_memory(name, split, data_dir, num_classes, mean, std, augmentation, size):
-    source = _open(name, split, data_dir)
+    records = Records(name, split, data_dir)
     mode = "RGB" if len(mean) == 3 else "L"
-    images = np.empty((len(source), size, size, len(mean)), np.uint8)
-    labels = np.empty(len(source), np.int32)
+    images = np.empty((len(records), size, size, len(mean)), np.uint8)
+    labels = np.empty(len(records), np.int32)
 
     def fill(start):
-        indices = range(start, min(start + 512, len(source)))
-        for index, example in zip(indices, source.__getitems__(list(indices)), strict=True):
-            pixels = np.asarray(decode(example["image"], mode))
-            images[index] = pixels.reshape(images.shape[1:])
-            labels[index] = example["label"]
+        found = records.read(start, min(start + 512, len(records)))
+        for index, (encoded, label) in enumerate(found, start):
+            labels[index] = label
+            images[index] = np.asarray(decode(encoded, mode)).reshape(images.shape[1:])
 
     with ThreadPoolExecutor() as pool:
-        list(pool.map(fill, range(0, len(source), 512)))
+        list(pool.map(fill, range(0, len(records), 512)))
     return ArraySource(images, labels, num_classes, mean, std, augmentation)
 
 
@@ -105,11 +134,11 @@ class imagenet2012:
             raise UserError(f"config.data.image_size={image_size}: it must be positive")
         self.image_shape = (image_size, image_size, 3)
         name = {"train": "train", "test": "validation"}[split]
-        self._source = _open("imagenet2012", name, data_dir)
+        self._records = Records("imagenet2012", name, data_dir)
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._records)
 
     def __getitem__(self, index: int) -> dict:
-        example = self._source[index]
-        return {"image": decode(example["image"], "RGB"), "label": int(example["label"])}
+        encoded, label = self._records[index]
+        return {"image": decode(encoded, "RGB"), "label": label}
