@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -263,6 +264,8 @@ def _signals():
         del frame
         received.append(signum)
         signal.signal(signum, previous[signum])
+        name = signal.Signals(signum).name
+        print(f"\n{name}: stopping after this step; again to stop at once", file=sys.stderr)
 
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGINT, signal.SIGTERM):
