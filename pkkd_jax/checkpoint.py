@@ -125,7 +125,12 @@ def read_config(run_dir: str | Path) -> dict:
             f"run directory {str(run_dir)!r} holds no config.json: expected a directory that"
             " `python -m pkkd_jax.main --workdir=DIR` wrote"
         )
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{str(path)!r} is damaged ({error}): restore it, or train in another directory"
+        ) from error
 
 
 def load_network(run_dir: str | Path, which: str = "student", step: str | int = "last", model=None):

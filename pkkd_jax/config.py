@@ -2,11 +2,12 @@
 
 import inspect
 import json
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from pkkd_jax import names
+from pkkd_jax import names, optim
 
 
 def base() -> ConfigDict:
@@ -53,9 +54,9 @@ def base() -> ConfigDict:
     return config
 
 
-def _defaults(package: str, name: str, kind: str) -> dict[str, Any]:
-    """The keywords of what `name` stands for that can be leaves, with their defaults."""
-    parameters = inspect.signature(names.resolve(package, name, kind)).parameters.values()
+def _defaults(function: Callable) -> dict[str, Any]:
+    """The keywords of `function` that can be leaves, with their defaults."""
+    parameters = inspect.signature(function).parameters.values()
     return {p.name: p.default for p in parameters if isinstance(p.default, (bool, int, float, str))}
 
 
@@ -72,7 +73,10 @@ def losses(name: str) -> dict[str, Any]:
         place = found
         for key in parents:
             place = place.setdefault(key, {})
-        place[last] = {"weight": 1.0, **_defaults("pkkd_jax.distill", each, "loss")}
+        place[last] = {
+            "weight": 1.0,
+            **_defaults(names.resolve("pkkd_jax.distill", each, "loss")),
+        }
     return found
 
 
@@ -81,28 +85,36 @@ def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
 
     Args:
       config: a configuration.
-      argument: `data=NAME`, `distill=NAME` ("none" for no loss), `student=NAME` and `teacher=NAME`
-        swap a whole nested dict, which a locked configuration cannot do leaf by leaf.
+      argument: `data=NAME`, `distill=NAME` ("none" for no loss), `optim=NAME`, `student=NAME` and
+        `teacher=NAME` swap a whole nested dict, which a locked configuration cannot do leaf by
+        leaf.
     Raises:
       UserError: for an unknown key or name.
     """
     for item in filter(None, (argument or "").split(",")):
         key, equals, value = item.partition("=")
-        if key not in ("data", "distill", "student", "teacher") or not equals:
+        if key not in ("data", "distill", "optim", "student", "teacher") or not equals:
             raise names.UserError(
-                f"argument {item!r} of the config: expected data=NAME, distill=NAME, student=NAME"
-                " or teacher=NAME, with commas between; every other leaf is --config.LEAF=VALUE"
+                f"argument {item!r} of the config: expected data=NAME, distill=NAME, optim=NAME,"
+                " student=NAME or teacher=NAME, with commas between; every other leaf is"
+                " --config.LEAF=VALUE"
             )
         if key == "distill":
             config.distill = losses(value)
+        elif config[key].name == value:
+            pass  # with the leaves that it has
         elif key == "data":
-            leaves = _defaults("pkkd_jax.data.sources", value, "data set")
+            leaves = _defaults(names.resolve("pkkd_jax.data.sources", value, "data set"))
             leaves.pop("split", None)
             config.data = {"name": value, "data_dir": config.data.data_dir, **leaves}
         else:
-            old = config[key].to_dict()
-            kept = {k: old[k] for k in ("mode", "run_dir", "which", "conv") if k in old}
-            config[key] = {**_defaults("pkkd_jax.models", value, "model"), **kept, "name": value}
+            if key == "optim":
+                function, kept = optim.optimiser(value), inspect.signature(optim.build).parameters
+            else:
+                function = names.resolve("pkkd_jax.models", value, "model")
+                kept = ("mode", "run_dir", "which", "conv")
+            old = {k: v for k, v in config[key].to_dict().items() if k in kept}
+            config[key] = {**_defaults(function), **old, "name": value}
     return config.lock()
 
 

@@ -12,10 +12,12 @@ import dataclasses
 import json
 import sys
 
+import flax
 import jax
+import numpy as np
 from absl import logging
 
-from pkkd_jax import checkpoint, data, names, train, update
+from pkkd_jax import checkpoint, data, experiment, names, train, update
 
 
 def evaluate(
@@ -54,11 +56,12 @@ def evaluate(
     sources = [data.build_source(split, **arguments) for split in ("train", "test")]
     size = batch_size or config["batch_size"]
     size = -(-size // jax.device_count()) * jax.device_count()
-    splits = train.Splits(*sources, size, config["seed"], config["workers"])
+    splits = experiment.Splits(*sources, size, config["seed"], config["workers"])
     networks, variables = {}, {}
     for which in ("student", "teacher"):
         if config[which]:
             networks[which], found = checkpoint.load_network(run_dir, which, step)
+            _check_images(networks[which], found, splits.train.image_shape, arguments["name"])
             variables[which] = update.replicate(found)
             if config[which]["num_classes"] != splits.train.num_classes:
                 raise names.UserError(
@@ -70,6 +73,17 @@ def evaluate(
     recalibrate_batches = config["eval"]["recalibrate_batches"]
     figures = train.evaluate_networks(networks, variables, splits, recalibrate_batches, {})
     return {key.replace("test", split, 1): value for key, value in figures.items()}
+
+
+def _check_images(model, variables, shape: tuple[int, ...], name: str) -> None:
+    images = jax.ShapeDtypeStruct((1, *shape), np.float32)
+    try:
+        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
+    except flax.errors.ScopeParamShapeError as error:
+        raise names.UserError(
+            f"data set {name!r} has images of {'x'.join(map(str, shape))}, on which the network was"
+            " not trained: choose one whose images have the same shape"
+        ) from error
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
@@ -22,9 +23,7 @@ class Writer:
         path = run_dir / "metrics.jsonl"
         kept = [row for row in read(run_dir) if row["step"] <= resume_step]
         self.last = kept[-1] if kept else {}
-        replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        replacement.replace(path)
+        _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = path.open("a")
         self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1)
 
@@ -39,6 +38,17 @@ class Writer:
         """Flushes and closes both."""
         self._file.close()
         self._events.close()
+
+
+def write_json(path: Path, tree: Any) -> None:
+    """Writes `tree` to `path`, whole or not at all."""
+    _replace(path, json.dumps(tree, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    replacement = path.with_suffix(".tmp")
+    replacement.write_text(text)
+    replacement.replace(path)
 
 
 def read(run_dir: Path) -> list[dict[str, float]]:

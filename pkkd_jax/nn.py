@@ -159,6 +159,8 @@ class Network(linen.Module):
     def __post_init__(self):
         super().__post_init__()
         convolution(self.conv)
+        if not 0 <= self.dropout < 1:
+            raise names.UserError(f"dropout={self.dropout}: it must be from 0 (off) to below 1")
 
     def layers(self, train: bool) -> tuple[Callable, Callable, Callable]:
         """Makers of the ordinary convolution, the swapped one and BatchNorm."""

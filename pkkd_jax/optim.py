@@ -1,6 +1,7 @@
 """Optimisers and schedules; adder filters get the adaptive learning rate of AdderNet."""
 
 import inspect
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,23 @@ def schedule(
     return optax.join_schedules([warmup, kinds[name]()], [warmup_steps])
 
 
+def optimiser(name: str) -> Callable[..., optax.GradientTransformation]:
+    """The function of optax called `name`, of those that take a `learning_rate` first.
+
+    Raises:
+      UserError: if there is no such function; the message has the nearest right name.
+    """
+    found = {
+        key
+        for key, value in vars(optax).items()
+        if inspect.isfunction(value)
+        and next(iter(inspect.signature(value).parameters), None) == "learning_rate"
+    }
+    if name not in found:
+        raise unknown("optimiser", name, found)
+    return getattr(optax, name)
+
+
 def build(
     total_steps: int,
     *,
@@ -65,7 +83,7 @@ def build(
     adder_eta: float = 0.2,
     **arguments,
 ) -> optax.GradientTransformation:
-    """Any optax optimiser behind the adder scaling and L2 weight decay on every parameter.
+    """Any optax optimiser behind the adder scaling, with weight decay on every parameter.
 
     Args:
       total_steps: length of the schedule.
@@ -73,30 +91,24 @@ def build(
       learning_rate: peak of the schedule.
       schedule_name: "cosine" or "constant".
       warmup_steps: of linear increase from zero.
-      weight_decay: times the parameter, added to the gradient; 0 for none.
+      weight_decay: passed to an optimiser that has its own, such as "adamw"; times the parameter
+        added to the gradient (L2) for the others.
       adder_eta: of `scale_by_adder_norm`; 0 leaves it out.
       **arguments: for the optax function, `momentum=0.9` for example.
     Raises:
       UserError: for an unknown optimiser, schedule or argument.
     """
-    optimisers = {
-        key
-        for key, value in vars(optax).items()
-        if inspect.isfunction(value)
-        and next(iter(inspect.signature(value).parameters), None) == "learning_rate"
-    }
-    if name not in optimisers:
-        raise unknown("optimiser", name, optimisers)
-    allowed = inspect.signature(getattr(optax, name)).parameters
+    function = optimiser(name)
+    allowed = inspect.signature(function).parameters
     for key in arguments:
         if key not in allowed:
             raise unknown(f"argument of optimiser {name!r}:", key, allowed)
     if learning_rate < 0:
         raise UserError(f"{learning_rate=}: it must be 0 or above, for example 0.1")
+    parts = [scale_by_adder_norm(adder_eta)] if adder_eta else []
+    if "weight_decay" in allowed:
+        arguments["weight_decay"] = weight_decay
+    elif weight_decay:
+        parts.append(optax.add_decayed_weights(weight_decay))
     rate = schedule(schedule_name, learning_rate, total_steps, warmup_steps)
-    parts = [getattr(optax, name)(rate, **arguments)]
-    if weight_decay:
-        parts.insert(0, optax.add_decayed_weights(weight_decay))
-    if adder_eta:
-        parts.insert(0, scale_by_adder_norm(adder_eta))
-    return optax.chain(*parts)
+    return optax.chain(*parts, function(rate, **arguments))

@@ -293,6 +293,13 @@ def test_a_bad_argument_is_named(arguments, message):
         adder_conv(x, w, **arguments)
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "int32"])
+def test_a_dtype_that_would_lose_the_result_is_refused(dtype):
+    x, w = data((1, 5, 5, 2), (3, 3, 2, 4))
+    with pytest.raises(ValueError, match=f"x.dtype=dtype\\('{dtype}'\\)"):
+        adder_conv(x.astype(dtype), w)
+
+
 def test_shapes_that_do_not_fit_are_shown():
     x, w = data((1, 5, 5, 2), (3, 3, 3, 4))
     with pytest.raises(ValueError, match=r"\(1, 5, 5, 2\).*\(3, 3, 3, 4\)"):

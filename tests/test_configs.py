@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from pkkd_jax import data, train, update
+from pkkd_jax import data, experiment, update
 from pkkd_jax.data.sources.arrays import ArraySource
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -17,6 +17,7 @@ CASES = [(path.stem, None) for path in sorted(CONFIGS.glob("*.py"))] + [
     ("vgg_small", "data=cifar100"),
     ("resnet20", "distill=kd"),
     ("resnet20", "distill=none"),
+    ("resnet20", "optim=adamw"),
     ("resnet20", "student=vgg_small,teacher=vgg_small,distill=kd"),
     ("resnet18", "data=cifar10,student=resnet_cifar,teacher=resnet_cifar"),
 ]
@@ -41,16 +42,16 @@ def test_config_builds_and_its_update_keeps_shapes(name, argument, monkeypatch):
     monkeypatch.setattr(data, "build_source", build_source)
     config = load(name).get_config(argument)
     assert config.is_locked
-    experiment = train.build(config)
-    images = np.zeros((8, *experiment.splits.train.image_shape), np.uint8)
-    state = jax.eval_shape(lambda: update.init_state(experiment.recipe, images))
+    built = experiment.build(config)
+    images = np.zeros((8, *built.splits.train.image_shape), np.uint8)
+    state = jax.eval_shape(lambda: update.init_state(built.recipe, images))
     shape = (4, 1, 2)
     batch = {
         "image": jax.ShapeDtypeStruct((*shape, *images.shape[1:]), np.uint8),
         "label": jax.ShapeDtypeStruct(shape, np.int32),
     }
     mapped = jax.vmap(
-        update.joint_update(experiment.recipe),
+        update.joint_update(built.recipe),
         axis_name=update.AXIS,
         in_axes=(None, 0),
         out_axes=None,
@@ -60,6 +61,19 @@ def test_config_builds_and_its_update_keeps_shapes(name, argument, monkeypatch):
         lambda a: (a.shape, a.dtype), state
     )
     assert metrics["student/loss"].shape == ()
+
+
+def test_an_optimiser_is_swapped_with_its_keywords_and_keeps_the_schedule():
+    config = load("resnet18").get_config("optim=adamw")
+    kept = dict(name="adamw", schedule_name="cosine", weight_decay=1e-4, adder_eta=0.2)
+    assert kept.items() <= config.optim.to_dict().items()
+    assert config.optim.b1 == 0.9
+    assert "momentum" not in config.optim
+
+
+def test_naming_what_is_there_already_changes_nothing():
+    argument = "data=cifar10,student=resnet_cifar,teacher=resnet_cifar,optim=sgd"
+    assert load("resnet32").get_config(argument) == load("resnet32").get_config()
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(CONFIGS.glob("*.py"))])

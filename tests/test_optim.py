@@ -61,6 +61,16 @@ def test_any_optax_optimiser_goes_by_name():
     assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
 
 
+def test_weight_decay_is_the_optimisers_own_where_it_has_one():
+    params, nothing = tree(1), jax.tree.map(jnp.zeros_like, tree(0))
+    optimiser = optim.build(10, name="adamw", learning_rate=0.1, weight_decay=0.5)
+    updates, _ = optimiser.update(nothing, optimiser.init(params), params)
+    # In the gradient, Adam would have normalised it away.
+    np.testing.assert_allclose(
+        updates["stem"]["kernel"], -0.1 * 0.5 * params["stem"]["kernel"], rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

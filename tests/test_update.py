@@ -88,6 +88,23 @@ def test_four_devices_equal_one(micro_batches):
     assert_close(run(recipe(), initial(), 4, 2, micro_batches), one)
 
 
+def test_the_update_compiles_once():
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    step = update.pmap(update.joint_update(recipe()), donate=True)
+    state, counts = update.replicate(initial()), []
+    for _ in range(3):
+        before = len(compiled)
+        state, metrics = step(state, batch(4))
+        jax.block_until_ready(metrics)
+        counts.append(len(compiled) - before)
+    jax.monitoring.clear_event_listeners()
+    assert counts[0] > 0
+    assert counts[1:] == [0, 0]
+
+
 def test_augmentation_is_part_of_the_update():
     plain = recipe(augmentation={**AUGMENTATION, "augmentation": "none"})
     assert differs(run(plain, initial())[0].student.params, one_device()[0].student.params)

@@ -16,13 +16,15 @@ from pkkd_jax.ops import geometry as geometry_lib
 from pkkd_jax.ops import portable
 from pkkd_jax.ops.geometry import Geometry
 
-# Every lowering rule of the package. `None` serves each platform that has no line of its own, and
-# every export. A rule is `(operands..., geometry) -> array`, traced by JAX.
+# Every lowering rule of the package; `None` serves each platform that has no line of its own. A
+# rule is `(operands..., geometry) -> array`, traced by JAX.
 RULES = {
     "forward": {None: portable.forward},
     "input_gradient": {None: portable.input_gradient},
     "weight_gradient": {None: portable.weight_gradient},
 }
+
+DTYPES = {jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 
 
 def implementation(platform: str | None = None) -> str:
@@ -58,8 +60,8 @@ def adder_conv(
     Zero padding is not neutral: a padded place adds -|w|.
 
     Args:
-      x: `[batch, height, width, c_in]`, float32 or bfloat16.
-      w: `[kh, kw, c_in / feature_group_count, c_out]`.
+      x: `[batch, height, width, c_in]`, float32, bfloat16 or float16.
+      w: `[kh, kw, c_in / feature_group_count, c_out]`, likewise.
       strides: an int, or one for rows and one for columns.
       padding: "SAME" and "VALID" as XLA defines them, an int, or a `(low, high)` pair a dimension.
       kernel_dilation: distance between neighbouring taps, an int or two.
@@ -69,10 +71,15 @@ def adder_conv(
     Returns:
       `[batch, height', width', c_out]`, dtype of `x`, every value <= 0; sums are float32.
     Raises:
-      ValueError: if shapes do not fit or an argument is out of range; the message prints them.
+      ValueError: if shapes or dtypes do not fit or an argument is out of range; the message prints
+        them.
     References:
       Chen et al., AdderNet, CVPR 2020, Eqs. 1, 5, 6.
     """
+    if not {x.dtype, w.dtype} <= DTYPES:
+        raise ValueError(
+            f"{x.dtype=}, {w.dtype=}: expected float32, bfloat16 or float16; cast with .astype"
+        )
     geometry = geometry_lib.resolve(
         x.shape, w.shape, strides, padding, kernel_dilation, feature_group_count, input_gradient
     )
