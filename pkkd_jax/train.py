@@ -196,8 +196,9 @@ def _loop(built, state, checkpoints, writer, at_interval) -> dict:
     last = writer.last if writer else {}
     began = time.perf_counter() - last.get("wall_s", 0.0)
     first, since = step + 1, None  # `since`: the step and the time that the rate counts from
-    # XLA's CPU collectives may hang when many steps are in flight.
-    block = jax.default_backend() == "cpu" and jax.device_count() > 1
+    # Steps in flight while the host goes on: few, so that a signal is obeyed soon; none with several
+    # CPU devices, whose collectives may hang.
+    ahead = 0 if jax.default_backend() == "cpu" and jax.device_count() > 1 else 2
     state = update_lib.replicate(state)
     update = update_lib.pmap(update_lib.joint_update(built.recipe), donate=True)
 
@@ -257,8 +258,8 @@ def _loop(built, state, checkpoints, writer, at_interval) -> dict:
             state, row = update(state, batch)
             pending.append(row)
             step += 1
-            if block:
-                jax.block_until_ready(row)
+            if len(pending) > ahead:
+                jax.block_until_ready(pending[-1 - ahead])
             evaluates = step in built.eval_steps
             saves = evaluates or step % config["checkpoint_every_steps"] == 0
             if saves or received or step == first or step % config["log_every_steps"] == 0:
