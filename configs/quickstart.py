@@ -16,6 +16,6 @@ def get_config(arg=None):
     config.teacher.depth = 8
     config.batch_size = 64
     config.epochs = 30
-    config.eval.every_epochs = 5
+    config.eval.every_epochs = 5.0
     config.log_every_steps = 20
     return config_lib.with_argument(config, arg)

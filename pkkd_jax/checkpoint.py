@@ -1,6 +1,9 @@
 """Checkpoints: Orbax behind a thin wrapper, and networks loaded from any run directory."""
 
+import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -60,6 +63,7 @@ class Checkpoints:
 
         Raises:
           FloatingPointError: if a parameter is not finite; nothing is written then.
+          OSError: if there is no space, for this one or for the one before.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -69,13 +73,10 @@ class Checkpoints:
             for key, value in part.items():
                 if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
                     raise FloatingPointError(f"{name}'s {key} is not finite at step {step}")
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                **{name: ocp.args.StandardSave(part) for name, part in parts.items() if part}
-            ),
-            metrics=None if accuracy is None else {"accuracy": accuracy},
-        )
+        items = {name: ocp.args.StandardSave(part) for name, part in parts.items() if part}
+        metrics = None if accuracy is None else {"accuracy": accuracy}
+        with _disk_errors():
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
 
     def restore(self, step: int, template: DistillState) -> DistillState:
         """The state at `step`, in the structure of `template`, as NumPy arrays."""
@@ -91,10 +92,33 @@ class Checkpoints:
         arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore()})
         return dict(self._manager.restore(step, args=arguments)[name])
 
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          OSError: if there is no space for it.
+        """
+        with _disk_errors():
+            self._manager.wait_until_finished()
+
     def close(self) -> None:
-        """Waits for the save under way and frees the threads."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits likewise, and frees the threads."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # what the wait has raised already
+                self._manager.close()
+
+
+@contextlib.contextmanager
+def _disk_errors():
+    """Makes an OSError of what the library below Orbax says of a full disk in a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
 
 
 def _fill(template, flat: dict[str, np.ndarray], name: str):
@@ -126,11 +150,25 @@ def read_config(run_dir: str | Path) -> dict:
             " `python -m pkkd_jax.main --workdir=DIR` wrote"
         )
     try:
-        return json.loads(path.read_text())
+        config = json.loads(path.read_text())
+        needed = {"student", "teacher", "data", "num_classes"}
+        if not isinstance(config, dict) or needed - set(config):
+            raise ValueError("not the configuration of a training")
+        return config
     except ValueError as error:
         raise UserError(
-            f"{str(path)!r} is damaged ({error}): restore it, or train in another directory"
+            f"{str(path)!r} cannot be used ({error}): restore it, or choose another directory"
         ) from error
+
+
+def network_arguments(config: dict, which: str) -> dict | None:
+    """Keywords of `models.build` for the student or teacher of a run's `config`; None if none."""
+    if which == "teacher" and config["teacher"]["mode"] == "none":
+        return None
+    own = {k: v for k, v in config[which].items() if k not in ("mode", "run_dir", "which")}
+    if config["dtype"] != "float32":  # a model of the user's own need not have the field
+        own["dtype"] = config["dtype"]
+    return {**own, "num_classes": config["num_classes"]}
 
 
 def load_network(run_dir: str | Path, which: str = "student", step: str | int = "last", model=None):
@@ -143,22 +181,24 @@ def load_network(run_dir: str | Path, which: str = "student", step: str | int = 
       model: the Linen module; built from the run's configuration if None, which is refused for
         modules from outside the package: a run directory does not choose what is imported.
     Returns:
-      `(model, variables)`: `model.apply(variables, images, train=False)` gives `Outputs`.
+      `(model, variables)`: `model.apply(variables, images, train=False)` gives `Outputs` for images
+      that are normalised as in training, by `data.normalise` with the source's mean and std.
+      BatchNorm has the running statistics of the training, those of the `_uncalibrated` figures.
     Raises:
       UserError: if there is no such run, network or step; the message says what there is.
     """
     if which not in ("student", "teacher"):
         raise UserError(f"{which=}: expected 'student' or 'teacher'")
     config = read_config(run_dir)
-    description = config.get(which) or {}
-    if not description:
+    description = network_arguments(config, which)
+    if description is None:
         raise UserError(f"the run in {str(run_dir)!r} has no {which}: it was trained without one")
     if model is None:
         outside = [v for v in (description["name"], description.get("conv", "")) if "." in v]
         if outside:
             raise UserError(
-                f"the {which} of {str(run_dir)!r} is {outside[0]!r}, from outside the package:"
-                " build it yourself and pass it as load_network(..., model=...)"
+                f"the {which} of {str(run_dir)!r} is {outside[0]!r}, from outside the package: pass"
+                " it as load_network(..., model=...); at the command line, --trust imports it"
             )
         model = models.build(**description)
     if not (Path(run_dir) / "checkpoints").is_dir():

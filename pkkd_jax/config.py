@@ -48,7 +48,7 @@ def base() -> ConfigDict:
         adder_eta=0.2,
         momentum=0.9,
     )
-    config.eval = dict(every_epochs=1, recalibrate_batches=20)
+    config.eval = dict(every_epochs=1.0, recalibrate_batches=20)
     config.log_every_steps = 50
     config.checkpoint_every_steps = 1000
     return config
@@ -106,7 +106,7 @@ def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
         elif key == "data":
             leaves = _defaults(names.resolve("pkkd_jax.data.sources", value, "data set"))
             leaves.pop("split", None)
-            config.data = {"name": value, "data_dir": config.data.data_dir, **leaves}
+            config.data = {**leaves, "name": value, "data_dir": config.data.data_dir}
         else:
             if key == "optim":
                 function, kept = optim.optimiser(value), inspect.signature(optim.build).parameters

@@ -1,6 +1,6 @@
 """Evaluates the networks of a run afresh.
 
-python -m pkkd_jax.evaluate RUN_DIR [--split train] [--data NAME] [--step best]
+python -m pkkd_jax.evaluate RUN_DIR [--split=train] [--data=NAME] [--step=best] [--trust]
 """
 
 import os
@@ -9,6 +9,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import argparse
 import dataclasses
+import inspect
 import json
 import sys
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from pkkd_jax import checkpoint, data, experiment, names, train, update
+from pkkd_jax import checkpoint, data, experiment, models, names, train, update
 
 
 def evaluate(
@@ -27,29 +28,36 @@ def evaluate(
     data_dir: str = "",
     batch_size: int = 0,
     split: str = "test",
+    trust: bool = False,
 ) -> dict[str, float]:
     """Figures of a run's student and teacher.
 
     Args:
       run_dir: a directory that a training wrote.
       step: "last", "best" or a saved step.
-      data_name: another data set with as many classes; the run's own if "".
+      data_name: another data set with as many classes, read at the run's image size where it has
+        that keyword; the run's own if "".
       data_dir: where its files are; the run's own place if "".
       batch_size: over all devices; the run's own if 0.
       split: "test" or "train", whose images are then not augmented either.
+      trust: whether networks and data from outside the package, which the run names, are imported.
     Returns:
       `<split>/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
     Raises:
       UserError: if there is no such run, step or data set.
     """
+    if batch_size < 0:
+        raise names.UserError(f"{batch_size=}: it must be 0 (the run's own) or more")
     config = checkpoint.read_config(run_dir)
     arguments = dict(config["data"])
-    if data_name:
-        arguments = {"name": data_name, "data_dir": arguments["data_dir"]}
-    elif "." in arguments["name"]:
+    if data_name and data_name != arguments["name"]:
+        source = names.resolve("pkkd_jax.data.sources", data_name, "data set")
+        kept = {"data_dir", "image_size"} & set(inspect.signature(source).parameters)
+        arguments = {key: arguments[key] for key in kept & set(arguments)} | {"name": data_name}
+    elif "." in arguments["name"] and not trust:
         raise names.UserError(
-            f"data set {arguments['name']!r} of {run_dir!r} is from outside the package: name it by"
-            " --data, if you trust it"
+            f"data set {arguments['name']!r} of {run_dir!r} is from outside the package: --trust"
+            " imports it, or name another by --data"
         )
     if data_dir:
         arguments["data_dir"] = data_dir
@@ -59,15 +67,17 @@ def evaluate(
     splits = experiment.Splits(*sources, size, config["seed"], config["workers"])
     networks, variables = {}, {}
     for which in ("student", "teacher"):
-        if config[which]:
-            networks[which], found = checkpoint.load_network(run_dir, which, step)
+        keywords = checkpoint.network_arguments(config, which)
+        if keywords is not None:
+            model = models.build(**keywords) if trust else None
+            networks[which], found = checkpoint.load_network(run_dir, which, step, model)
             _check_images(networks[which], found, splits.train.image_shape, arguments["name"])
             variables[which] = update.replicate(found)
-            if config[which]["num_classes"] != splits.train.num_classes:
-                raise names.UserError(
-                    f"data set {arguments['name']!r} has {splits.train.num_classes} classes, the"
-                    f" {which} {config[which]['num_classes']}"
-                )
+    if config["num_classes"] != splits.train.num_classes:
+        raise names.UserError(
+            f"data set {arguments['name']!r} has {splits.train.num_classes} classes, the networks"
+            f" {config['num_classes']}"
+        )
     if split == "train":
         splits = dataclasses.replace(splits, test=splits.train)
     recalibrate_batches = config["eval"]["recalibrate_batches"]
@@ -95,12 +105,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_dir", default="", help="where the data set's files are")
     parser.add_argument("--split", default="test", choices=("test", "train"))
     parser.add_argument("--step", default="last", help="last, best, or a saved step")
+    parser.add_argument(
+        "--trust", action="store_true", help="import the run's networks and data of your own"
+    )
     parser.add_argument("--batch_size", type=int, default=0, help="default: the run's")
     given = parser.parse_args(argv)
     step = int(given.step) if given.step.isdigit() else given.step
     try:
         figures = evaluate(
-            given.run_dir, step, given.data, given.data_dir, given.batch_size, given.split
+            given.run_dir,
+            step,
+            given.data,
+            given.data_dir,
+            given.batch_size,
+            given.split,
+            given.trust,
         )
     except names.UserError as error:
         print(f"error: {error}", file=sys.stderr)

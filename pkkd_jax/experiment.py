@@ -6,11 +6,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import optax
+from flax import linen
 from ml_collections import ConfigDict
 
 from pkkd_jax import checkpoint, data, distill, models, optim
 from pkkd_jax import config as config_lib
-from pkkd_jax import state as state_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError, unknown
 from pkkd_jax.ops import adder
@@ -21,6 +21,7 @@ CHOICES = {
 }
 # Leaf to whether a value is allowed, and what is.
 NUMBERS = {
+    "seed": (lambda v: v >= 0, "0 or more"),
     "batch_size": (lambda v: v >= 1, "1 or more, for example 256"),
     "accumulate_steps": (lambda v: v >= 1, "1 or more"),
     "steps": (lambda v: v >= 0, "0 (as many as config.epochs makes) or more"),
@@ -79,12 +80,23 @@ class Splits:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """A configuration, checked and built."""
+    """A configuration, checked and built.
+
+    Attributes:
+      config: the configuration as plain JSON types, with `num_classes` of the data.
+      splits: the data.
+      recipe: of the update.
+      teacher_variables: of a fixed teacher.
+      parameters: number of parameters of each network.
+      total_steps: of the whole training.
+      eval_steps: after which test images are evaluated.
+    """
 
     config: dict
     splits: Splits
     recipe: update_lib.Recipe
     teacher_variables: dict | None
+    parameters: dict[str, int]
     total_steps: int
     eval_steps: frozenset[int]
 
@@ -104,29 +116,16 @@ def build(config: ConfigDict) -> Experiment:
     _check(plain)
     train = data.build_source("train", **plain["data"])
     test = data.build_source("test", **plain["data"])
-    teacher_config = plain["teacher"]
-    mode = teacher_config["mode"]
-    which = {key: teacher_config.pop(key) for key in ("mode", "run_dir", "which")}
-    shared = {"num_classes": train.num_classes}
-    if plain["dtype"] != "float32":  # a model of the user's own need not have the field
-        shared["dtype"] = plain["dtype"]
-    plain["student"] |= shared
-    teacher_config |= shared
-    student = models.build(**plain["student"])
-    teacher = None if mode == "none" else models.build(**teacher_config)
-    for model in filter(None, (student, teacher)):
-        images = jax.ShapeDtypeStruct((2, *train.image_shape), np.float32)
-        jax.eval_shape(
-            lambda images, model=model: model.init(jax.random.key(0), images, train=False), images
-        )
-    teacher_variables = None
-    if mode == "fixed":
-        teacher_variables = _fixed_teacher(teacher_config, which)
+    plain["num_classes"] = train.num_classes
+    networks, parameters = {"teacher": None}, {}
+    for which in ("student", "teacher"):
+        arguments = checkpoint.network_arguments(plain, which)
+        if arguments is not None:
+            networks[which] = models.build(**arguments)
+            parameters[which] = _count_parameters(networks[which], train.image_shape)
+    teacher, mode = networks["teacher"], plain["teacher"]["mode"]
+    teacher_variables = _fixed_teacher(plain, teacher) if mode == "fixed" else None
     losses = distill.build(plain["distill"]) if teacher is not None else {}
-    if mode == "none":
-        # A run without a teacher is the same run whatever the losses' leaves say.
-        plain["teacher"], plain["distill"] = {}, {}
-    plain["teacher_source"] = which
     batch_size = plain["batch_size"]
     steps_per_epoch = len(train) / batch_size
     total = plain["steps"] or max(1, int(plain["epochs"] * steps_per_epoch))
@@ -139,7 +138,7 @@ def build(config: ConfigDict) -> Experiment:
         momentum=0.9,
     )
     recipe = update_lib.Recipe(
-        student=student,
+        student=networks["student"],
         teacher=teacher,
         teacher_learns=mode == "progressive",
         losses=losses,
@@ -157,7 +156,14 @@ def build(config: ConfigDict) -> Experiment:
     # The last one is at the end: none so shortly before that it says the same.
     evals = frozenset({*range(every, total - every // 2, every), total})
     splits = Splits(train, test, batch_size, plain["seed"], plain["workers"])
-    return Experiment(plain, splits, recipe, teacher_variables, total, evals)
+    return Experiment(plain, splits, recipe, teacher_variables, parameters, total, evals)
+
+
+def _count_parameters(model: linen.Module, image_shape: tuple[int, ...]) -> int:
+    """Traces `model`, which refuses images that it cannot take."""
+    images = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 def _leaf(config: dict, path: str):
@@ -186,42 +192,42 @@ def _check(config: dict) -> None:
         )
 
 
-def _fixed_teacher(wanted: dict, source: dict) -> dict:
-    if not source["run_dir"]:
+def _fixed_teacher(config: dict, model: linen.Module) -> dict:
+    """Variables for the teacher `model` from the run that `config.teacher` names."""
+    run_dir, which = config["teacher"]["run_dir"], config["teacher"]["which"]
+    if not run_dir:
         raise UserError(
             "config.teacher.mode='fixed' needs config.teacher.run_dir: the directory of the run"
             " that trained the teacher"
         )
-    there = checkpoint.read_config(source["run_dir"]).get(source["which"]) or {}
-    ours, theirs = (
-        {key: value for key, value in leaves.items() if key not in ("dropout", "dtype")}
-        for leaves in (wanted, there)
-    )
-    differing = config_lib.differences(theirs, ours, "config.teacher")
-    if there and differing:
-        raise UserError(
-            f"the {source['which']} in {source['run_dir']!r} is of another architecture:"
-            f" {'; '.join(differing)}"
-        )
-    return checkpoint.load_network(source["run_dir"], source["which"])[1]
+    theirs = checkpoint.network_arguments(checkpoint.read_config(run_dir), which)
+    if theirs:
+        ours = checkpoint.network_arguments(config, "teacher")
+        for arguments in (theirs, ours):
+            for key in ("dropout", "dtype"):  # of training only
+                arguments.pop(key, None)
+        differing = config_lib.differences(theirs, ours, "config.teacher")
+        if differing:
+            raise UserError(
+                f"the {which} in {run_dir!r} is of another architecture: {'; '.join(differing)}"
+            )
+    return checkpoint.load_network(run_dir, which, model=model)[1]
 
 
-def describe(experiment: Experiment, state: state_lib.DistillState, workdir: Path) -> dict:
-    """What a training is about to do, as texts by heading."""
+def describe(experiment: Experiment, step: int, workdir: Path) -> dict:
+    """What a training that stands at `step` is about to do in `workdir`, as texts by heading."""
     config, train, test = experiment.config, experiment.splits.train, experiment.splits.test
 
     def network(name):
-        part = getattr(state, name)
-        if part is None:
+        if name not in experiment.parameters:
             return "none"
         leaves = config[name]
-        count = sum(a.size for a in jax.tree.leaves(part.params))
         text = f"{leaves['name']} {leaves.get('depth', '')}".strip()
-        return f"{text}, conv={leaves.get('conv', 'conv')!r}, {count:,} parameters"
+        text += f", conv={leaves.get('conv', 'conv')!r}"
+        text += f", {experiment.parameters[name]:,} parameters"
+        return text + (f", {leaves['mode']}" if "mode" in leaves else "")
 
     kinds = sorted({d.device_kind for d in jax.devices()})
-    mode = config["teacher_source"]["mode"]
-    step = int(state.step)
     return {
         "devices": f"{jax.device_count()} {jax.default_backend()} ({', '.join(kinds)}),"
         f" adder op: {adder.implementation()}",
@@ -229,7 +235,7 @@ def describe(experiment: Experiment, state: state_lib.DistillState, workdir: Pat
         f" {len(test):,} test images of {'x'.join(map(str, train.image_shape))},"
         f" {train.num_classes} classes",
         "student": network("student"),
-        "teacher": network("teacher") + (f", {mode}" if state.teacher is not None else ""),
+        "teacher": network("teacher"),
         "losses": f"{config['alpha']:g} CE"
         + "".join(
             f" + {weight:g} {name}" for name, (weight, _) in experiment.recipe.losses.items()

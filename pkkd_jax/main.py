@@ -7,6 +7,7 @@ import errno
 import os
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 
@@ -58,8 +59,9 @@ def _parse(argv: list[str]):
 def _load(path: str, argument: str):
     """What `get_config` of the file at `path` returns."""
     if not Path(path).is_file():
-        folder = Path(path).parent if Path(path).parent.is_dir() else Path("configs")
-        raise names.unknown("config file", path, map(str, folder.glob("*.py")))
+        folders = {Path(path).parent, Path("configs")}
+        found = (str(file) for folder in folders for file in folder.glob("*.py"))
+        raise names.unknown("config file", path, found)
     try:
         return runpy.run_path(path)["get_config"](argument or None)
     except names.UserError:
@@ -91,8 +93,11 @@ def _print_start(summary: dict) -> None:
         print(f"{key:<{width}}  {value}", flush=True)
 
 
-def _progress_line(figures: dict) -> str:
+def _progress(figures: dict) -> list[str]:
+    """What the latest figures say: the whole, then each network."""
     parts = [f"step {figures['step']}/{figures['total_steps']}"]
+    if "images_per_s" in figures:
+        parts[0] += f", {figures['images_per_s']:,.0f} img/s, {_duration(figures['left_s'])} left"
     for network in ("student", "teacher"):
         if f"train/{network}/loss" in figures:
             text = f"{network} loss {figures[f'train/{network}/loss']:.3f}"
@@ -100,34 +105,19 @@ def _progress_line(figures: dict) -> str:
             if f"test/{network}/accuracy" in figures:
                 text += f" test {figures[f'test/{network}/accuracy']:.1%}"
             parts.append(text)
-    if "images_per_s" in figures:
-        parts.append(f"{figures['images_per_s']:,.0f} img/s")
-        parts.append(f"{_duration(figures['left_s'])} left")
-    return " | ".join(parts)
+    return parts
 
 
-class Progress:
-    """One line that renews itself in a terminal, a line a report elsewhere."""
-
-    def __init__(self, stream=sys.stdout):
-        self._stream, self._open = stream, False
-
-    def show(self, figures: dict) -> None:
-        """Shows the latest figures."""
-        line = _progress_line(figures)
-        if self._stream.isatty():
-            columns = os.get_terminal_size(self._stream.fileno()).columns
-            self._stream.write(f"\r\x1b[K{line[: max(1, columns - 1)]}")
-            self._open = True
-        else:
-            self._stream.write(line + "\n")
-        self._stream.flush()
-
-    def end(self) -> None:
-        """Leaves the line as it stands."""
-        if self._open:
-            self._stream.write("\n")
-            self._open = False
+def _show_progress(figures: dict, shown: list[str]) -> None:
+    """Prints a line; in a terminal a line for each part, in the place of those in `shown`."""
+    parts = _progress(figures)
+    if not sys.stdout.isatty():
+        print(" | ".join(parts), flush=True)
+        return
+    columns = shutil.get_terminal_size().columns
+    up = f"\x1b[{len(shown)}A" if shown else ""
+    print(up + "\n".join(f"\x1b[K{part[:columns]}" for part in parts), flush=True)
+    shown[:] = parts
 
 
 def _print_results(run_dir: Path, results: dict) -> None:
@@ -159,17 +149,17 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     argv = sys.argv if argv is None else argv
     logging.set_verbosity(logging.ERROR)
-    progress = Progress()
-    workdir = None
+    workdir, shown = None, []
 
     def at_end(run_dir, results):
-        progress.end()
         curves.save(run_dir)
         _print_results(run_dir, results)
 
     try:
         config, workdir = _parse(argv)
-        train.train_and_evaluate(config, workdir, _print_start, progress.show, at_end)
+        train.train_and_evaluate(
+            config, workdir, _print_start, lambda f: _show_progress(f, shown), at_end
+        )
         return 0
     except train.Interrupted as stop:
         message, status = f"{stop}; the same command goes on from there", 128 + stop.signum
@@ -183,7 +173,6 @@ def main(argv: list[str] | None = None) -> int:
         where = error.filename or workdir
         message = f"error: {error.strerror}: {str(where)!r}; free space or choose another --workdir"
         status = 2
-    progress.end()
     print(message, file=sys.stderr)
     return status
 

@@ -4,6 +4,7 @@ import difflib
 import importlib
 import inspect
 import pkgutil
+import traceback
 from collections.abc import Callable, Iterable
 
 
@@ -47,10 +48,13 @@ def resolve(package: str, name: str, kind: str) -> Callable:
         module, _, attribute = name.rpartition(".")
         try:
             return getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            text = " ".join(str(error).split())
             raise UserError(
-                f"{kind} {name!r} cannot be imported: {error}; a dotted name is"
-                " module.attribute, and its module must be on PYTHONPATH"
+                f"{kind} {name!r} cannot be imported: {type(error).__name__}: {text}"
+                f" ({frame.filename}:{frame.lineno}); a dotted name is module.attribute, and its"
+                " module must be on PYTHONPATH"
             ) from error
     known = public_names(package)
     if name not in known:

@@ -111,4 +111,12 @@ def build(
     elif weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay))
     rate = schedule(schedule_name, learning_rate, total_steps, warmup_steps)
-    return optax.chain(*parts, function(rate, **arguments))
+    found = optax.chain(*parts, function(rate, **arguments))
+    tree = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
+    try:
+        jax.eval_shape(lambda g: found.update(g, found.init(g), g), tree)
+    except TypeError as error:
+        raise UserError(
+            f"optimiser {name!r} wants more than gradients ({error}): choose another, such as 'sgd'"
+        ) from error
+    return found

@@ -22,6 +22,15 @@ from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError
 
+# Leaves that say where, how fast and how often, and change no result: a run may go on with others.
+PLACES = (
+    ("data", "data_dir"),
+    ("teacher", "run_dir"),
+    ("workers",),
+    ("log_every_steps",),
+    ("checkpoint_every_steps",),
+)
+
 
 class Interrupted(Exception):
     """A signal asked the training to stop; it has been saved.
@@ -36,21 +45,18 @@ class Interrupted(Exception):
         self.signum, self.step = signum, step
 
 
-def _open_run(workdir: Path, config: dict) -> None:
-    """Makes the directory, or checks that it holds a run with this configuration.
-
-    Leaves that say where and how fast, and change no result, may differ.
-    """
+def _check_run(workdir: Path, config: dict) -> None:
+    """Makes the directory, and refuses one that holds a run with another configuration."""
     path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        others = [p for p in workdir.iterdir() if p.name != "checkpoints" or any(p.iterdir())]
+        if others and not path.exists():
+            raise UserError(
+                f"workdir {str(workdir)!r} holds other files and no run:"
+                " choose an empty or new directory with --workdir"
+            )
         if not path.exists():
-            if any(workdir.iterdir()):
-                raise UserError(
-                    f"workdir {str(workdir)!r} holds other files and no run:"
-                    " choose an empty or new directory with --workdir"
-                )
-            metrics.write_json(path, config)
             return
     except OSError as error:
         raise UserError(
@@ -59,8 +65,14 @@ def _open_run(workdir: Path, config: dict) -> None:
         ) from error
     there, here = checkpoint.read_config(workdir), copy.deepcopy(config)
     for tree in (there, here):
-        tree.pop("workers")
-        tree["data"].pop("data_dir", None)
+        for *parents, leaf in PLACES:
+            place = tree
+            for key in parents:
+                place = place.get(key, {})
+            place.pop(leaf, None)
+        if tree["teacher"]["mode"] == "none":
+            # Without a teacher it is the same run whatever the losses' leaves say.
+            tree["teacher"], tree["distill"] = {"mode": "none"}, {}
     differing = config_lib.differences(there, here)
     if differing:
         raise UserError(
@@ -80,7 +92,7 @@ def _signals():
         received.append(signum)
         signal.signal(signum, previous[signum])
         name = signal.Signals(signum).name
-        print(f"\n{name}: stopping after this step; again to stop at once", file=sys.stderr)
+        print(f"{name}: saving after this step; again to stop at once", file=sys.stderr)
 
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -98,6 +110,7 @@ def evaluate_networks(
     splits: experiment.Splits,
     recalibrate_batches: int,
     mapped: dict,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Test figures of networks, with recalibrated and with running BatchNorm statistics.
 
@@ -107,10 +120,10 @@ def evaluate_networks(
       splits: the data.
       recalibrate_batches: training batches for the statistics; 0 keeps the running ones.
       mapped: compiled functions by name, kept from call to call; `{}` at first.
+      between: called before each batch; may raise to stop the evaluation.
     Returns:
       `test/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
     """
-    figures = {}
     source = splits.train
     mean, std = source.mean, source.std
     augmentation = {"augmentation": source.augmentation, "mean": mean, "std": std}
@@ -120,15 +133,30 @@ def evaluate_networks(
                 update_lib.pmap(update_lib.evaluation(model, mean, std)),
                 update_lib.pmap(update_lib.batch_statistics(model, augmentation)),
             )
-        evaluate, statistics = mapped[name]
-        raw = update_lib.evaluate(evaluate, variables[name], splits.test_batches())
+
+    def watched(batches):
+        for batch in batches:
+            between()
+            yield batch
+
+    calibrated = (
+        update_lib.recalibrate(
+            {name: (mapped[name][1], variables[name]) for name in networks},
+            watched(splits.train_batches(0, recalibrate_batches)),
+        )
+        if recalibrate_batches
+        else {}
+    )
+    evaluations = {
+        **{f"{name}/uncalibrated": (mapped[name][0], variables[name]) for name in networks},
+        **{name: (mapped[name][0], calibrated[name]) for name in calibrated},
+    }
+    found = update_lib.evaluate(evaluations, watched(splits.test_batches()))
+    figures = {}
+    for name in networks:
+        raw = found[f"{name}/uncalibrated"]
+        figures |= {f"test/{name}/{key}": value for key, value in found.get(name, raw).items()}
         figures |= {f"test/{name}/{key}_uncalibrated": value for key, value in raw.items()}
-        if recalibrate_batches:
-            calibrated = update_lib.recalibrate(
-                statistics, variables[name], splits.train_batches(0, recalibrate_batches)
-            )
-            raw = update_lib.evaluate(evaluate, calibrated, splits.test_batches())
-        figures |= {f"test/{name}/{key}": value for key, value in raw.items()}
     return figures
 
 
@@ -162,25 +190,29 @@ def train_and_evaluate(
     built = experiment.build(config)
     writes = jax.process_index() == 0
     if writes:
-        _open_run(workdir, built.config)
-    count = min(built.config["batch_size"], 256, len(built.splits.train))
-    images, _ = data.first_examples(built.splits.train, count)
-    state = update_lib.init_state(built.recipe, images, built.teacher_variables)
+        _check_run(workdir, built.config)
     checkpoints = checkpoint.Checkpoints(workdir)
     try:
-        if checkpoints.steps():
-            state = checkpoints.restore(checkpoints.steps()[-1], state)
-        at_start(experiment.describe(built, state, workdir))
+        steps = checkpoints.steps()
+        at_start(experiment.describe(built, steps[-1] if steps else 0, workdir))
         results_path = workdir / "results.json"
-        if int(state.step) == built.total_steps and results_path.exists():
+        if steps and steps[-1] == built.total_steps and results_path.exists():
             results = json.loads(results_path.read_text())
         else:
+            count = min(built.config["batch_size"], 256, len(built.splits.train))
+            images = data.first_examples(built.splits.train, count)
+            state = update_lib.init_state(built.recipe, images, built.teacher_variables)
+            if steps:
+                state = checkpoints.restore(steps[-1], state)
+            elif writes:  # only now: a mistake that showed before can be mended in this directory
+                metrics.write_json(workdir / "config.json", built.config)
             writer = metrics.Writer(workdir, int(state.step)) if writes else None
             try:
                 results = _loop(built, state, checkpoints, writer, at_interval)
             finally:
                 if writer:
                     writer.close()
+            checkpoints.wait()
             if writes:
                 metrics.write_json(results_path, results)
     finally:
@@ -196,7 +228,7 @@ def _loop(built, state, checkpoints, writer, at_interval) -> dict:
     last = writer.last if writer else {}
     began = time.perf_counter() - last.get("wall_s", 0.0)
     first, since = step + 1, None  # `since`: the step and the time that the rate counts from
-    # Steps in flight while the host goes on: few, so that a signal is obeyed soon; none with several
+    # Steps in flight while the host goes on: few, so that a signal is obeyed soon; none with many
     # CPU devices, whose collectives may hang.
     ahead = 0 if jax.default_backend() == "cpu" and jax.device_count() > 1 else 2
     state = update_lib.replicate(state)
@@ -235,25 +267,38 @@ def _loop(built, state, checkpoints, writer, at_interval) -> dict:
         logged, since = step, (step, time.perf_counter())
 
     def evaluate():
-        networks = {"student": built.recipe.student}
-        if state.teacher is not None:
-            networks["teacher"] = built.recipe.teacher
-        return evaluate_networks(
+        nonlocal since, figures
+        networks = {"student": built.recipe.student, "teacher": built.recipe.teacher}
+        networks = {name: model for name, model in networks.items() if model is not None}
+        found = evaluate_networks(
             networks,
             {name: getattr(state, name).variables for name in networks},
             built.splits,
             config["eval"]["recalibrate_batches"],
             mapped,
+            obey,
         )
+        figures |= found
+        write(found)
+        at_interval({**figures, "step": step, "total_steps": total})
+        since = step, time.perf_counter()
+        return found
+
+    def obey():
+        if received:
+            save()
+            raise Interrupted(received[0], step)
 
     def save(accuracy=None):
         try:
             checkpoints.save(state, accuracy)
         except FloatingPointError as error:
-            raise diverged(str(error)) from error
+            raise diverged(f"{error}, though its loss was") from error
 
     results: dict = {}
     with _signals() as received:
+        if step in built.eval_steps and "test/student/accuracy" not in last:
+            results = evaluate()  # a signal had cut it off
         for batch in built.splits.train_batches(step, total, config["accumulate_steps"]):
             state, row = update(state, batch)
             pending.append(row)
@@ -264,17 +309,12 @@ def _loop(built, state, checkpoints, writer, at_interval) -> dict:
             saves = evaluates or step % config["checkpoint_every_steps"] == 0
             if saves or received or step == first or step % config["log_every_steps"] == 0:
                 log()
+            obey()
             if evaluates:
                 results = evaluate()
-                figures |= results
-                write(results)
-                at_interval({**figures, "step": step, "total_steps": total})
-                since = step, time.perf_counter()
-            if saves or received:
+            if saves:
                 save(results["test/student/accuracy"] if evaluates else None)
-            if received and step < total:
-                raise Interrupted(received[0], step)
-    results = results or evaluate()
+        results = results or evaluate()
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     versions["pkkd_jax"] = metadata.version("pkkd_jax")
     return {

@@ -261,16 +261,29 @@ def evaluation(model: linen.Module, mean, std) -> Callable:
     return evaluate
 
 
-def evaluate(mapped: Callable, variables: Any, batches: Iterable) -> dict[str, float]:
-    """Accuracy, top-5 accuracy and loss over `batches`; `mapped` is a mapped `evaluation`."""
-    totals: dict[str, float] = {}
+def evaluate(
+    evaluations: Mapping[str, tuple[Callable, Any]], batches: Iterable
+) -> dict[str, dict[str, float]]:
+    """Accuracy, top-5 accuracy and loss over `batches`, in one pass for all networks.
+
+    Args:
+      evaluations: name to a mapped `evaluation` and the variables for it.
+      batches: each example once.
+    Returns:
+      Name to "accuracy", "top5" and "loss".
+    """
+    totals: dict[str, dict[str, float]] = {name: {} for name in evaluations}
     for batch in batches:
-        for key, value in jax.device_get(mapped(variables, batch)).items():
-            totals[key] = totals.get(key, 0.0) + float(value)
+        for name, (mapped, variables) in evaluations.items():
+            for key, value in jax.device_get(mapped(variables, batch)).items():
+                totals[name][key] = totals[name].get(key, 0.0) + float(value)
     return {
-        "accuracy": totals["correct"] / totals["count"],
-        "top5": totals["top5"] / totals["count"],
-        "loss": totals["loss"] / totals["count"],
+        name: {
+            "accuracy": sums["correct"] / sums["count"],
+            "top5": sums["top5"] / sums["count"],
+            "loss": sums["loss"] / sums["count"],
+        }
+        for name, sums in totals.items()
     }
 
 
@@ -299,25 +312,26 @@ def batch_statistics(model: linen.Module, augmentation: Mapping[str, Any]) -> Ca
     return statistics
 
 
-def recalibrate(mapped: Callable, variables: dict, batches: Iterable) -> dict:
+def recalibrate(
+    statistics: Mapping[str, tuple[Callable, dict]], batches: Iterable
+) -> dict[str, dict]:
     """Replaces the running statistics of BatchNorm by those of `batches`; parameters stay.
 
         mean = E[mean_b],   var = E[var_b + mean_b^2] - mean^2
 
     Args:
-      mapped: a mapped `batch_statistics`.
-      variables: of the network.
-      batches: training batches, all of one size.
+      statistics: name to a mapped `batch_statistics` and the network's variables.
+      batches: training batches, all of one size, of which one pass is made.
     Returns:
-      New variables; the old ones if there is no BatchNorm or no batch.
+      Name to new variables; the old ones where there is no BatchNorm.
     References:
       Wu and Johnson, Rethinking "Batch" in BatchNorm, 2021, section 3 (precise statistics).
     """
-    if not variables["batch_stats"]:
-        return variables
-    found = [jax.device_get(mapped(variables, batch)) for batch in batches]
-    if not found:
-        return variables
+    found: dict[str, list] = {name: [] for name, (_, v) in statistics.items() if v["batch_stats"]}
+    for batch in batches:
+        for name, each in found.items():
+            mapped, variables = statistics[name]
+            each.append(jax.device_get(mapped(variables, batch)))
 
     def pool(*layers):
         if not isinstance(layers[0], Mapping):
@@ -330,4 +344,9 @@ def recalibrate(mapped: Callable, variables: dict, batches: Iterable) -> dict:
         variance = (variances + means**2).mean(0) - mean**2
         return {"mean": mean.astype(np.float32), "var": variance.astype(np.float32)}
 
-    return {"params": variables["params"], "batch_stats": replicate(pool(*found))}
+    return {
+        name: variables
+        if name not in found
+        else {"params": variables["params"], "batch_stats": replicate(pool(*found[name]))}
+        for name, (_, variables) in statistics.items()
+    }

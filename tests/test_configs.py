@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pkkd_jax import data, experiment, update
-from pkkd_jax.data.sources.arrays import ArraySource
+from pkkd_jax.data.arrays import ArraySource
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SOURCES = {"digits": (8, 1, 10), "cifar10": (32, 3, 10), "cifar100": (32, 3, 100),

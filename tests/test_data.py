@@ -11,8 +11,8 @@ from PIL import Image
 
 from pkkd_jax import data
 from pkkd_jax.data import pipeline
+from pkkd_jax.data.arrays import ArraySource
 from pkkd_jax.data.pipeline import example_indices
-from pkkd_jax.data.sources.arrays import ArraySource
 from pkkd_jax.names import UserError
 
 

@@ -198,7 +198,7 @@ def test_evaluation_leaves_padding_out():
     mask = np.array([1, 1, 1, 1, 1, 1, 1, 0], np.float32)
     padded = {"image": filled[0], "label": filled[1], "mask": mask}
     padded = {key: value.reshape(4, 2, *value.shape[1:]) for key, value in padded.items()}
-    found = update.evaluate(mapped, variables, [padded])
+    found = update.evaluate({"teacher": (mapped, variables)}, [padded])["teacher"]
     logits = np.float64(
         model.apply(variables, (images - np.float32(120)) / np.float32(60), train=False).logits
     )
@@ -214,7 +214,7 @@ def test_recalibration_pools_batches_and_keeps_parameters():
     images, _ = examples()
     mapped = update.pmap(update.batch_statistics(model, AUGMENTATION | {"augmentation": "none"}))
     halves = [{"image": part.reshape(2, 1, 4, 8, 8, 3)} for part in (images[:8], images[8:])]
-    found = update.recalibrate(mapped, variables, halves)
+    found = update.recalibrate({"student": (mapped, variables)}, halves)["student"]
     assert_equal(found["params"], variables["params"])
     whole = (images - np.float32(120)) / np.float32(60)
     outputs, _ = model.apply(variables, whole, train=True, mutable=["batch_stats"])

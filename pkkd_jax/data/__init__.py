@@ -2,9 +2,12 @@
 
 from typing import Any, Protocol
 
+import numpy as np
+
 from pkkd_jax import names
-from pkkd_jax.data.augment import augment, normalise
-from pkkd_jax.data.pipeline import eval_batches, first_examples, train_batches
+from pkkd_jax.data.arrays import ArraySource
+from pkkd_jax.data.augment import AUGMENTATIONS, augment, normalise
+from pkkd_jax.data.pipeline import eval_batches, example, first_examples, train_batches
 
 __all__ = [
     "Source",
@@ -18,7 +21,10 @@ __all__ = [
 
 
 class Source(Protocol):
-    """One split of a data set. A user's own, named by its dotted path, needs no more than this.
+    """One split of a data set.
+
+    A user's own is a class, or a function that returns such an object, named by its dotted path and
+    called with `split` ("train" or "test"), `data_dir` ("" unless it is set) and its own keywords.
 
     Attributes:
       num_classes: number of labels.
@@ -43,7 +49,7 @@ class Source(Protocol):
 
 
 def build_source(split: str, *, name: str, **arguments: Any) -> Source:
-    """The data source that a config calls `name`.
+    """The data source that a config calls `name`; images that all have one size are in memory.
 
     Args:
       split: "train" or "test".
@@ -53,4 +59,17 @@ def build_source(split: str, *, name: str, **arguments: Any) -> Source:
       UserError: if there is no such source or it does not take these arguments, or its files are
         not there.
     """
-    return names.call("pkkd_jax.data.sources", name, "data set", split=split, **arguments)
+    source = names.call("pkkd_jax.data.sources", name, "data set", split=split, **arguments)
+    if source.augmentation not in AUGMENTATIONS:
+        raise names.unknown("augmentation", source.augmentation, AUGMENTATIONS)
+    if source.augmentation == "resized_crop" or hasattr(source, "arrays"):
+        return source
+    examples = [example(source, i) for i in range(len(source))]
+    return ArraySource(
+        np.stack([e["image"] for e in examples]),
+        np.array([e["label"] for e in examples], np.int32),
+        source.num_classes,
+        source.mean,
+        source.std,
+        source.augmentation,
+    )

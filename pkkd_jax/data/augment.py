@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+AUGMENTATIONS = ("none", "crop_flip", "resized_crop")
 PADDING = 4
 
 

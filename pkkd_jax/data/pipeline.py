@@ -6,6 +6,7 @@ Everything is a function of seed, step and global position: there is nothing to 
 import functools
 import math
 import os
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,25 +37,21 @@ def example_indices(seed: int, num_examples: int, positions: np.ndarray) -> np.n
     return indices
 
 
-class InMemory:
-    """All images of a source in one array, for sets whose images have one size."""
+def example(source, index: int) -> dict:
+    """`source[index]`, decoded.
 
-    def __init__(self, source):
-        if hasattr(source, "arrays"):
-            self.images, self.labels = source.arrays()
-        else:
-            examples = [source[i] for i in range(len(source))]
-            self.images = np.stack([e["image"] for e in examples])
-            self.labels = np.array([e["label"] for e in examples], np.int32)
-
-    def gather(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 images and int32 labels, of the shape of `indices` and the rest."""
-        return np.take(self.images, indices, axis=0), np.take(self.labels, indices)
-
-
-@functools.lru_cache(maxsize=4)
-def _in_memory(source) -> InMemory:
-    return InMemory(source)
+    Raises:
+      UserError: if it cannot be read; the message names it.
+    """
+    try:
+        found = source[index]
+        if isinstance(found["image"], Image.Image):
+            found["image"].load()
+        return found
+    except OSError as error:
+        raise UserError(
+            f"example {index} of the data set cannot be decoded: {error}; mend or remove it"
+        ) from error
 
 
 Box = tuple[float, float, float, float]
@@ -110,23 +107,26 @@ class _Load:
             rngs = (np.random.default_rng((self.seed, 1, int(p))) for p in positions)
             draws = [rng.random((10, 4)).tolist() for rng in rngs]
         for place, index in enumerate(indices):
-            try:
-                images[place], labels[place] = self._example(int(index), draws[place])
-            except OSError as error:
-                raise UserError(
-                    f"example {index} of the data set cannot be decoded: {error}; mend or remove it"
-                ) from error
+            images[place], labels[place] = self._cropped(int(index), draws[place])
         return {"image": images, "label": labels}
 
-    def _example(self, index: int, draws: list | None) -> tuple[Image.Image, int]:
+    def _cropped(self, index: int, draws: list | None) -> tuple[np.ndarray, int]:
         # On its own, so that a photograph's memory is free, and in the cache, for the next.
-        example = self.source[index]
-        image = example["image"]
+        found = example(self.source, index)
+        image = found["image"]
         if not isinstance(image, Image.Image):
-            image = Image.fromarray(image)
-        shape = self.source.image_shape[:2]
-        box = random_box(image.size, draws) if draws else centre_box(image.size, shape)
-        return image.resize(shape[::-1], Image.Resampling.BILINEAR, box=box), example["label"]
+            image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+        shape = self.source.image_shape
+        box = random_box(image.size, draws) if draws else centre_box(image.size, shape[:2])
+        image = image.resize(shape[1::-1], Image.Resampling.BILINEAR, box=box)
+        return np.asarray(image).reshape(shape), found["label"]
+
+
+def _ignore_signals(index: int, count: int) -> None:
+    """Leaves Ctrl-C, which a terminal sends to every process, to the one that saves the run."""
+    del index, count
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _stream(load: _Load, rows: np.ndarray, workers: int) -> Iterator[Batch]:
@@ -143,17 +143,19 @@ def _stream(load: _Load, rows: np.ndarray, workers: int) -> Iterator[Batch]:
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     iterable = dataset.to_iter_dataset(options)
     if workers:
-        iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        iterable = iterable.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_ignore_signals
+        )
     return iter(iterable)
 
 
 def _batches(source, positions, seed, workers) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Images and labels in the shape of each row of `positions`; `seed` None: of the test split."""
     if source.augmentation != "resized_crop":
-        memory = _in_memory(source)
+        images, labels = source.arrays()
         for row in positions:
             indices = row if seed is None else example_indices(seed, len(source), row)
-            yield memory.gather(indices)
+            yield np.take(images, indices, axis=0), np.take(labels, indices)
         return
     rows = np.stack([row.ravel() for row in positions])
     shape = next(iter(positions)).shape
@@ -257,9 +259,8 @@ def eval_batches(
         yield {"image": image, "label": label, "mask": valid.astype(np.float32)}
 
 
-def first_examples(source, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Training images 0 to `count - 1`, uint8 `[count, height, width, channels]`, and labels."""
+def first_examples(source, count: int) -> np.ndarray:
+    """Training images 0 to `count - 1`, uint8 `[count, height, width, channels]`."""
     if source.augmentation != "resized_crop":
-        return _in_memory(source).gather(np.arange(count))
-    batch = _Load(source, None)(np.arange(count))
-    return batch["image"], batch["label"]
+        return source.arrays()[0][:count]
+    return _Load(source, None)(np.arange(count))["image"]

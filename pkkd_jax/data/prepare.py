@@ -34,8 +34,22 @@ def main(argv: list[str] | None = None) -> int:
         )
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder(arguments.name, data_dir=arguments.data_dir, file_format="array_record")
-    builder.download_and_prepare()
+    try:
+        builder = tfds.builder(
+            arguments.name, data_dir=arguments.data_dir, file_format="array_record"
+        )
+        builder.download_and_prepare()
+        records = sources.Records(arguments.name, "train", str(builder.data_dir_root))
+        records[len(records) - 1]
+    except Exception as error:
+        text = " ".join(str(error).split())[:300]
+        print(
+            f"error: {arguments.name} was not prepared ({type(error).__name__}: {text}); if its"
+            " directory holds it damaged or in another file format, delete it or name another by"
+            " --data_dir",
+            file=sys.stderr,
+        )
+        return 2
     print(f"prepared {arguments.name} in {builder.data_dir}")
     return 0
 

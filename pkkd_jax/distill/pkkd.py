@@ -68,8 +68,9 @@ def select_taps(features, taps: str) -> list[str]:
         return list(last.values()) or inner
     chosen = [tap.strip() for tap in taps.split(",")]
     for tap in chosen:
-        if tap not in features:
-            raise unknown("tap", tap, [*features, "all", "block_ends", "stage_ends"])
+        if tap not in features or tap == "penultimate":  # that one is no response of a convolution
+            known = {*features, "all", "block_ends", "stage_ends"} - {"penultimate"}
+            raise unknown("tap", tap, known)
     return chosen
 
 

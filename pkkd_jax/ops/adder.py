@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.backend import get_backend
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
@@ -31,9 +32,13 @@ def implementation(platform: str | None = None) -> str:
     """Names the implementation that `platform` uses: "portable" is plain JAX.
 
     Args:
-      platform: "cpu", "cuda", "rocm" or "tpu"; the default backend of this process if None.
+      platform: "cpu", "cuda", "rocm" or "tpu"; that of this process's default device if None.
     """
-    platform = platform or jax.default_backend()
+    if platform is None:
+        platform = jax.default_backend()
+        if platform == "gpu":  # JAX's one name for two
+            version = get_backend().platform_version.lower()
+            platform = "rocm" if "rocm" in version else "cuda"
     rule = RULES["forward"].get(platform, RULES["forward"][None])
     return rule.__module__.rpartition(".")[2]
 

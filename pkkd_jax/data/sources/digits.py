@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pkkd_jax.data.sources import arrays
+from pkkd_jax.data import arrays
 
 __all__ = ["digits"]
 

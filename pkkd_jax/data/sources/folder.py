@@ -39,7 +39,7 @@ class folder:
         root = Path(data_dir).expanduser()
         if not data_dir or not (root / "train").is_dir():
             raise UserError(
-                f"data set 'folder' found no {str(root / 'train')!r}: set --config.data.data_dir to"
+                f"data set 'folder' found no {str(root / 'train')!r}: set data_dir to"
                 " a directory with train/CLASS/*.jpg and test/CLASS/*.jpg"
             )
         place = root / split

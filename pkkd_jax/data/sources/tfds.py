@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pkkd_jax.data.sources.arrays import ArraySource
+from pkkd_jax.data.arrays import ArraySource
 from pkkd_jax.names import UserError
 
 __all__ = ["cifar10", "cifar100", "fashion_mnist", "imagenet2012", "mnist"]
@@ -35,7 +35,7 @@ class Records:
             raise UserError(
                 f"data set {name!r} is not prepared in {str(folder)!r}: run"
                 f" `python -m pkkd_jax.data.prepare {name}{place}`, or name the right directory by"
-                " --config.data.data_dir"
+                " TFDS_DATA_DIR or the data_dir leaf or flag"
             )
         try:
             # By directory: TFDS would look the name up among its own builders, which need more.
@@ -48,7 +48,8 @@ class Records:
             text = " ".join(str(error).split())[:200]
             raise UserError(
                 f"data set {name!r} in {str(folder)!r} cannot be read ({type(error).__name__}:"
-                f" {text}): prepare it again by `python -m pkkd_jax.data.prepare {name}{place}`"
+                f" {text}): delete {str(folder / name)!r} and prepare it again by"
+                f" `python -m pkkd_jax.data.prepare {name}{place}`"
             ) from error
 
     def __len__(self) -> int:
