@@ -293,7 +293,7 @@ def _loop(built, state, checkpoints, writer, at_interval) -> dict:
         try:
             checkpoints.save(state, accuracy)
         except FloatingPointError as error:
-            raise diverged(f"{error}, though its loss was") from error
+            raise diverged(str(error)) from error
 
     results: dict = {}
     with _signals() as received:

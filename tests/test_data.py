@@ -1,5 +1,7 @@
 """Order, sharding, augmentation and sources."""
 
+import io
+import json
 import subprocess
 import sys
 
@@ -210,11 +212,14 @@ def test_a_broken_photograph_is_named(photographs, workers):
 
 
 def test_images_of_another_size_are_refused_where_one_is_wanted(photographs):
-    train = data.build_source(
-        "train", name="folder", data_dir=str(photographs), image_size=16, augmentation="crop_flip"
-    )
     with pytest.raises(UserError, match="50x40, not 16x16"):
-        data.first_examples(train, 1)
+        data.build_source(
+            "train",
+            name="folder",
+            data_dir=str(photographs),
+            image_size=16,
+            augmentation="crop_flip",
+        )
 
 
 def test_a_data_set_that_is_not_prepared_names_directory_and_command(tmp_path):
@@ -231,6 +236,92 @@ def test_a_damaged_data_set_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be read") as error:
         data.build_source("train", name="cifar10", data_dir=str(tmp_path))
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def prepared(tmp_path):
+    """CIFAR-10 as TFDS lays it out, 5 images to train and 3 to test."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    folder = tmp_path / "cifar10" / "3.0.2"
+    folder.mkdir(parents=True)
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
+    splits = []
+    for split, start, stop in (("train", 0, 5), ("test", 5, 8)):
+        writer = ArrayRecordWriter(
+            str(folder / f"cifar10-{split}.array_record-00000-of-00001"), "group_size:1"
+        )
+        for i in range(start, stop):
+            png = io.BytesIO()
+            Image.fromarray(images[i]).save(png, "PNG")
+            example = tf_example_pb2.Example()
+            example.features.feature["image"].bytes_list.value.append(png.getvalue())
+            example.features.feature["label"].int64_list.value.append(i)
+            writer.write(example.SerializeToString())
+        writer.close()
+        splits.append(
+            {
+                "name": split,
+                "shardLengths": [str(stop - start)],
+                "numBytes": "1",
+                "filepathTemplate": "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}",
+            }
+        )
+    info = {"name": "cifar10", "version": "3.0.2", "fileFormat": "array_record", "splits": splits}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    core = "tensorflow_datasets.core.features."
+    features = {
+        "image": {"image": {"dtype": "uint8", "shape": {"dimensions": ["32", "32", "3"]}},
+                  "pythonClassName": core + "image_feature.Image"},
+        "label": {"classLabel": {"numClasses": "10"},
+                  "pythonClassName": core + "class_label_feature.ClassLabel"},
+    }  # fmt: skip
+    (folder / "features.json").write_text(
+        json.dumps(
+            {
+                "pythonClassName": core + "features_dict.FeaturesDict",
+                "featuresDict": {"features": features},
+            }
+        )
+    )
+    return tmp_path, images
+
+
+def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
+    root, images = prepared
+    for split, part in (("train", slice(0, 5)), ("test", slice(5, 8))):
+        source = data.build_source(split, name="cifar10", data_dir=str(root))
+        found, labels = source.arrays()
+        np.testing.assert_array_equal(found, images[part])
+        np.testing.assert_array_equal(labels, np.arange(8)[part])
+    assert "tensorflow" not in sys.modules
+
+
+class Unhashable:
+    """A user's own source with no more than the protocol."""
+
+    num_classes, image_shape, mean, std = 3, (4, 4, 1), (0.0,), (1.0,)
+    __hash__ = None
+
+    def __init__(self, split, data_dir, augmentation="none"):
+        self.augmentation = augmentation
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return {"image": np.full((4, 4, 1), index, np.uint8), "label": index % 3}
+
+
+@pytest.mark.parametrize("augmentation", ["none", "crop_flip", "resized_crop"])
+def test_a_users_own_source_needs_no_more_than_the_protocol(augmentation):
+    own = data.build_source(
+        "train", name=f"{__name__}.Unhashable", data_dir="", augmentation=augmentation
+    )
+    batches = list(data.eval_batches(own, batch_size=4, num_devices=2))
+    seen = np.concatenate([b["image"][b["mask"] == 1] for b in batches])
+    np.testing.assert_array_equal(seen, np.arange(6)[:, None, None, None] + np.zeros((1, 4, 4, 1)))
 
 
 def test_preparing_an_unknown_data_set_names_the_nearest(capsys):

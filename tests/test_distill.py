@@ -119,6 +119,7 @@ def test_only_the_learnt_sigmas_get_a_gradient():
         {"learn_rho_student": False},
         {"batch_norm": False},
         {"taps": "all"},
+        {"max_exponent": 0.1},
         {"taps": "stage1.block1.conv1, stage2.block1.shortcut"},
     ],
     ids=str,

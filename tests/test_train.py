@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pkkd_jax import checkpoint, evaluate, main, train
+from pkkd_jax import checkpoint, evaluate, experiment, main, metrics, train, update
 from pkkd_jax.analysis import curves
 from pkkd_jax.names import UserError
 
@@ -148,10 +149,9 @@ def test_stopped_by_a_signal_saves_says_how_to_go_on_and_resumes_bit_for_bit(fin
             process.send_signal(signal.SIGTERM)
             break
     _, err = process.communicate()
-    if process.returncode != 0:  # else the signal came after the last step
-        assert process.returncode == 128 + signal.SIGTERM
-        assert "SIGTERM" in err
-        assert "the same command goes on" in err
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "SIGTERM" in err
+    assert "the same command goes on" in err
     again = start(workdir)
     out, err = again.communicate()
     assert again.returncode == 0, err
@@ -167,7 +167,43 @@ def test_a_signal_is_obeyed_at_the_next_step(tmp_path):
     with pytest.raises(train.Interrupted) as stopped:
         train.train_and_evaluate(config, workdir, at_interval=stop)
     assert stopped.value.step == 1
+    checkpoints = checkpoint.Checkpoints(workdir)
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_is_obeyed_while_evaluating_which_is_made_up_for(finished, tmp_path, monkeypatch):
+    more = ["--config.eval.every_epochs=0.05"]  # 4.5 steps
+    config, workdir = main._parse(command(tmp_path / "run", *more))
+    whole = update.evaluate
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return whole(*arguments)
+
+    monkeypatch.setattr(update, "evaluate", interrupted)
+    with pytest.raises(train.Interrupted) as stopped:
+        train.train_and_evaluate(config, workdir)
+    assert stopped.value.step == 4
+    monkeypatch.undo()
+    train.train_and_evaluate(config, workdir)
+    rows = metrics.read(workdir)
+    assert [r["step"] for r in rows if "test/student/accuracy" in r] == [4, 8, 12]
+
+
+def test_a_mistake_that_shows_late_can_be_mended_in_the_same_directory(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    assert main.main(command(workdir, "--config.distill.pkkd.taps=stage9")) == 2
+    assert "'stage9'" in capsys.readouterr().err
+    config, _ = main._parse(command(workdir))
+    train._check_run(workdir, experiment.build(config).config)
+
+
+def test_leaves_that_change_no_result_may_differ_in_a_resumed_run(finished):
+    more = ["--config.log_every_steps=7", "--config.checkpoint_every_steps=9", "--config.workers=1"]
+    config, workdir = main._parse(command(finished[0], *more))
+    train._check_run(workdir, experiment.build(config).config)
 
 
 def test_a_network_is_loaded_from_a_run(finished):
@@ -213,17 +249,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     explode = ["--config.optim.learning_rate=1e38", "--config.optim.warmup_steps=6"]
     assert main.main(command(workdir, *explode, "--config.checkpoint_every_steps=1")) == 2
     error = capsys.readouterr().err
-    assert "not finite" in error
-    assert "step" in error
+    assert re.search(r"not finite (between steps \d+ and|at step) \d+", error)
     assert error.count("\n") == 1
     checkpoints = checkpoint.Checkpoints(workdir)
+    assert checkpoints.steps()
     for step in checkpoints.steps():
         for value in checkpoints.read(step, "student").values():
             assert np.isfinite(value).all()
     checkpoints.close()
 
 
-def test_a_users_own_loss_network_and_data_are_named_by_dotted_paths(tmp_path, monkeypatch):
+def test_a_users_own_loss_network_and_data_are_named_by_dotted_paths(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
     config = f"--config={QUICKSTART}:distill=mine.logits,student=mine.Net,data=mine.data"
@@ -236,6 +272,14 @@ def test_a_users_own_loss_network_and_data_are_named_by_dotted_paths(tmp_path, m
     assert parts["student"]["params/Conv_0/kernel"].shape == (3, 3, 1, 6)
     with pytest.raises(UserError, match="outside"):
         checkpoint.load_network(tmp_path / "run")
+    assert evaluate.main([str(tmp_path / "run")]) == 2
+    assert "--trust" in capsys.readouterr().err
+    assert evaluate.main([str(tmp_path / "run"), "--trust"]) == 0
+    fixed = ["--config.teacher.mode=fixed", f"--config.teacher.run_dir={tmp_path / 'run'}",
+             "--config.teacher.which=student", "--config.teacher.conv=adder",
+             "--config.teacher.width=6"]  # fmt: skip
+    config = f"--config={QUICKSTART}:distill=kd,student=mine.Net,teacher=mine.Net,data=mine.data"
+    assert main.main([line[0], config, f"--workdir={tmp_path / 'second'}", *SHORT, *fixed]) == 0
 
 
 MINE = """
@@ -286,6 +330,12 @@ MISTAKES = {
     "negative batch": (["--config.batch_size=-8"], "config.batch_size=-8"),
     "batch and devices": (["--config.batch_size=18"], "4 devices"),
     "depth": (["--config.student.depth=9"], "depth 9"),
+    "seed": (["--config.seed=-1"], "config.seed=-1"),
+    "augmentation": (["--config.data.augmentation=cropflip"], "did you mean 'crop_flip'"),
+    "optimiser that wants more": ([f"--config={QUICKSTART}:optim=lbfgs"], "'lbfgs'"),
+    "config file without its folder": (["--config=quickstart.py"], "configs/quickstart.py"),
+    "module of the user's own": ([f"--config={QUICKSTART}:distill=broken.loss"], "broken.py:1"),
+    "tap that is no response": (["--config.distill.pkkd.taps=penultimate"], "'penultimate'"),
     "image shape": (["--config.student.name=resnet_imagenet", "--config.student.depth=18"], "8, 8"),
     "dtype": (["--config.dtype=float16"], "'float16'"),
     "teacher mode": (["--config.teacher.mode=progresive"], "did you mean 'progressive'"),
@@ -305,8 +355,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_clear_line(mistake, tmp_path, capsys):
+def test_a_mistake_is_one_clear_line(mistake, tmp_path, capsys, monkeypatch):
     arguments, message = MISTAKES[mistake]
+    (tmp_path / "broken.py").write_text("undefined")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(ROOT)
     line = command(tmp_path / "run", *arguments)
     if arguments[0].startswith("--config="):
         del line[1]
@@ -332,11 +385,17 @@ def test_a_teacher_of_another_architecture_is_refused(finished, tmp_path, capsys
     assert "config.teacher.depth: 8 there, 14 here" in capsys.readouterr().err
 
 
-def test_a_directory_with_another_config_is_refused(finished, capsys):
-    assert main.main(command(finished[0], "--config.seed=7")) == 2
-    error = capsys.readouterr().err
-    assert "config.seed: 0 there, 7 here" in error
-    assert error.count("config.") == 1
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ("--config.seed=7", "config.seed: 0 there, 7 here"),
+        ("--config.dtype=bfloat16", "config.dtype: 'float32' there, 'bfloat16' here"),
+        ("--config.teacher.mode=none", "config.teacher.mode: 'progressive' there, 'none' here"),
+    ],
+)
+def test_a_directory_with_another_config_is_refused(finished, capsys, changed, message):
+    assert main.main(command(finished[0], changed)) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_directory_with_other_files_is_refused(tmp_path, capsys):
@@ -352,14 +411,38 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has /dev/full")
-def test_a_full_disk_is_one_clear_line(finished, tmp_path, capsys):
-    workdir = tmp_path / "run"
-    workdir.mkdir()
-    (workdir / "config.json").write_text((finished[0] / "config.json").read_text())
-    (workdir / "metrics.tmp").symlink_to("/dev/full")
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own and what changes its options; only root can make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(options):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=True)
+
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("needs root on Linux")
+    mount("size=400k")
+    yield disk, mount
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_disk_too_full_for_a_checkpoint_is_one_clear_line(small_disk, capsys):
+    workdir = small_disk[0] / "run"
     assert main.main(command(workdir)) == 2
-    assert "No space left" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert error.count("\n") == 1
+    assert not (workdir / "results.json").exists()
+
+
+def test_a_directory_without_permission_is_one_clear_line(small_disk, capsys):
+    disk, mount = small_disk
+    mount("remount,ro")
+    assert main.main(command(disk / "run")) == 2
+    error = capsys.readouterr().err
+    assert "Read-only file system" in error
+    assert error.count("\n") == 1
 
 
 def test_evaluating_on_images_of_another_shape_is_one_clear_line(finished, tmp_path, capsys):
