@@ -461,7 +461,7 @@ def test_evaluating_on_images_of_another_shape_is_one_clear_line(finished, tmp_p
 def test_a_damaged_config_is_one_clear_line(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{")
     assert main.main(command(tmp_path)) == 2
-    assert "is damaged" in capsys.readouterr().err
+    assert "cannot be used (Expecting property" in capsys.readouterr().err
 
 
 def test_evaluating_what_is_no_run_is_one_clear_line(tmp_path, capsys):
