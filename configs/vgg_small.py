@@ -3,7 +3,8 @@
     python -m pkkd_jax.main --config=configs/vgg_small.py --config.data.data_dir=DIR
     python -m pkkd_jax.main --config=configs/vgg_small.py:data=cifar100
 
-400 epochs of SGD: for a GPU or TPU.
+400 epochs of SGD: for a GPU or TPU; not timed here. The paper reports 95.03% on CIFAR-10 and 76.94%
+on CIFAR-100 for the student.
 """
 
 from pkkd_jax import config as config_lib

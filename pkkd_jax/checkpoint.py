@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from pkkd_jax.state import DistillState
 
 PARTS = ("student", "teacher", "distiller")
 KEEP_LATEST = 2
+SPARE_BYTES = 2**20  # for a checkpoint's metadata
 
 
 def _flatten(tree) -> dict[str, np.ndarray]:
@@ -73,6 +75,11 @@ class Checkpoints:
             for key, value in part.items():
                 if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
                     raise FloatingPointError(f"{name}'s {key} is not finite at step {step}")
+        self.wait()
+        size = sum(value.nbytes for part in parts.values() for value in part.values())
+        if shutil.disk_usage(self._manager.directory).free < size + SPARE_BYTES:
+            # Found out while writing, it would leave a broken checkpoint.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items() if part}
         metrics = None if accuracy is None else {"accuracy": accuracy}
         with _disk_errors():

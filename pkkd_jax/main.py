@@ -148,7 +148,7 @@ def _print_results(run_dir: Path, results: dict) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     argv = sys.argv if argv is None else argv
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(logging.FATAL)  # what libraries log as errors, they also raise
     workdir, shown = None, []
 
     def at_end(run_dir, results):
