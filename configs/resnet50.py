@@ -2,8 +2,9 @@
 
     python -m pkkd_jax.main --config=configs/resnet50.py --config.data.data_dir=DIR
 
-150 epochs of SGD with weight decay 1e-4, batch 256: for several GPUs or a TPU slice; not timed here.
-The paper reports 76.8% for the student. Smaller images by `--config.data.image_size=64`, decoding in processes by `--config.workers=8`.
+150 epochs of SGD with weight decay 1e-4, batch 256: for several GPUs or a TPU slice, not timed
+here. The paper reports 76.8% for the student. Smaller images by `--config.data.image_size=64`,
+decoding in processes by `--config.workers=8`.
 """
 
 from pkkd_jax import config as config_lib
