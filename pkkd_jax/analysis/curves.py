@@ -8,7 +8,7 @@ COLOURS = {"student": "#0072B2", "teacher": "#D55E00"}  # Okabe and Ito: safe fo
 
 
 def save(run_dir: str | Path) -> Path:
-    """Draws `curves.png` in a run directory: loss and accuracy by step, train and test.
+    """Draws `curves.png` in a run directory: cross-entropy and accuracy by step, train and test.
 
     Args:
       run_dir: holds `metrics.jsonl`.
@@ -26,6 +26,8 @@ def save(run_dir: str | Path) -> Path:
         for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
             for split, style in (("train", "-"), ("test", "o--")):
                 name = f"{split}/{network}/{what}"
+                if name == "train/student/loss":
+                    name += "_ce"  # comparable with the other three: without the distillation
                 points = [(row["step"], row[name]) for row in rows if name in row]
                 if points:
                     axes.plot(
@@ -36,7 +38,7 @@ def save(run_dir: str | Path) -> Path:
                         label=f"{network}, {split}",
                     )
     loss.set_yscale("log")
-    for axes, label in ((loss, "loss (nats)"), (accuracy, "accuracy (fraction)")):
+    for axes, label in ((loss, "cross-entropy (nats)"), (accuracy, "accuracy (fraction)")):
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
         if axes.lines:
