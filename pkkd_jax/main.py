@@ -155,10 +155,14 @@ def main(argv: list[str] | None = None) -> int:
         curves.save(run_dir)
         _print_results(run_dir, results)
 
+    def at_signal(name):
+        print(f"{name}: saving after this step; again to stop at once", file=sys.stderr, flush=True)
+        shown.clear()  # the next progress goes below
+
     try:
         config, workdir = _parse(argv)
         train.train_and_evaluate(
-            config, workdir, _print_start, lambda f: _show_progress(f, shown), at_end
+            config, workdir, _print_start, lambda f: _show_progress(f, shown), at_end, at_signal
         )
         return 0
     except train.Interrupted as stop:

@@ -5,7 +5,6 @@ import copy
 import json
 import math
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -82,7 +81,7 @@ def _check_run(workdir: Path, config: dict) -> None:
 
 
 @contextlib.contextmanager
-def _signals():
+def _signals(at_signal: Callable[[str], None]):
     """Yields a list that receives the first SIGINT or SIGTERM; a second one acts at once."""
     received: list[int] = []
     previous = {}
@@ -91,8 +90,7 @@ def _signals():
         del frame
         received.append(signum)
         signal.signal(signum, previous[signum])
-        name = signal.Signals(signum).name
-        print(f"{name}: saving after this step; again to stop at once", file=sys.stderr)
+        at_signal(signal.Signals(signum).name)
 
     if threading.current_thread() is threading.main_thread():
         for signum in (signal.SIGINT, signal.SIGTERM):
@@ -170,6 +168,7 @@ def train_and_evaluate(
     at_start: Callable[[dict], None] = lambda summary: None,
     at_interval: Callable[[dict], None] = lambda figures: None,
     at_end: Callable[[Path, dict], None] = lambda run_dir, results: None,
+    at_signal: Callable[[str], None] = lambda name: None,
 ) -> dict:
     """Trains what `config` describes in `workdir`, going on where an earlier call stopped.
 
@@ -180,6 +179,7 @@ def train_and_evaluate(
       at_interval: called with the latest figures, `step`, `total_steps`, `images_per_s` and
         `left_s`.
       at_end: called by process 0 with the run directory and the results.
+      at_signal: called with the name of a signal that stops the training after this step.
     Returns:
       The contents of `results.json`.
     Raises:
@@ -208,7 +208,7 @@ def train_and_evaluate(
                 metrics.write_json(workdir / "config.json", built.config)
             writer = metrics.Writer(workdir, int(state.step)) if writes else None
             try:
-                results = _loop(built, state, checkpoints, writer, at_interval)
+                results = _loop(built, state, checkpoints, writer, at_interval, at_signal)
             finally:
                 if writer:
                     writer.close()
@@ -222,7 +222,7 @@ def train_and_evaluate(
     return results
 
 
-def _loop(built, state, checkpoints, writer, at_interval) -> dict:
+def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
     config, total = built.config, built.total_steps
     step, mapped, figures, pending, logged = int(state.step), {}, {}, [], int(state.step)
     last = writer.last if writer else {}
@@ -296,7 +296,7 @@ def _loop(built, state, checkpoints, writer, at_interval) -> dict:
             raise diverged(str(error)) from error
 
     results: dict = {}
-    with _signals() as received:
+    with _signals(at_signal) as received:
         if step in built.eval_steps and "test/student/accuracy" not in last:
             results = evaluate()  # a signal had cut it off
         for batch in built.splits.train_batches(step, total, config["accumulate_steps"]):

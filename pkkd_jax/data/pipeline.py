@@ -159,11 +159,13 @@ def _batches(source, positions, seed, workers) -> Iterator[tuple[np.ndarray, np.
         return
     rows = np.stack([row.ravel() for row in positions])
     shape = next(iter(positions)).shape
-    for batch in _stream(_Load(source, seed), rows, workers):
-        yield (
-            batch["image"].reshape(*shape, *batch["image"].shape[1:]),
-            batch["label"].reshape(shape),
-        )
+    stream = _stream(_Load(source, seed), rows, workers)
+    try:
+        for batch in stream:
+            image, label = batch["image"], batch["label"]
+            yield image.reshape(*shape, *image.shape[1:]), label.reshape(shape)
+    finally:
+        stream.close()  # its processes, and what they hold in shared memory
 
 
 class _Positions:
