@@ -164,13 +164,14 @@ def test_a_signal_is_obeyed_at_the_next_step(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     config, workdir = main._parse(command(tmp_path / "run"))
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(train.Interrupted) as stopped:
         train.train_and_evaluate(config, workdir, at_interval=stop)
     assert stopped.value.step == 1
     checkpoints = checkpoint.Checkpoints(workdir)
     assert checkpoints.steps() == [1]
     checkpoints.close()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_signal_is_obeyed_while_evaluating_which_is_made_up_for(finished, tmp_path, monkeypatch):
