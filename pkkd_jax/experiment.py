@@ -53,6 +53,12 @@ class Splits:
     seed: int
     workers: int
 
+    @property
+    def augmentation(self) -> dict:
+        """Keywords of `data.augment` for the training images."""
+        source = self.train
+        return {"augmentation": source.augmentation, "mean": source.mean, "std": source.std}
+
     def train_batches(self, start: int, stop: int, accumulate_steps: int = 1):
         """Training batches of the steps from `start` to before `stop`."""
         return data.train_batches(
@@ -127,6 +133,7 @@ def build(config: ConfigDict) -> Experiment:
     teacher_variables = _fixed_teacher(plain, teacher) if mode == "fixed" else None
     losses = distill.build(plain["distill"]) if teacher is not None else {}
     batch_size = plain["batch_size"]
+    splits = Splits(train, test, batch_size, plain["seed"], plain["workers"])
     steps_per_epoch = len(train) / batch_size
     total = plain["steps"] or max(1, int(plain["epochs"] * steps_per_epoch))
     every = max(1, round(plain["eval"]["every_epochs"] * steps_per_epoch))
@@ -145,17 +152,12 @@ def build(config: ConfigDict) -> Experiment:
         alpha=plain["alpha"],
         optimiser=optim.build(total, **arguments),
         distiller_optimiser=distiller_optimiser,
-        augmentation={
-            "augmentation": train.augmentation,
-            "mean": train.mean,
-            "std": train.std,
-        },
+        augmentation=splits.augmentation,
         seed=plain["seed"],
         label_smoothing=plain["label_smoothing"],
     )
     # The last one is at the end: none so shortly before that it says the same.
     evals = frozenset({*range(every, total - every // 2, every), total})
-    splits = Splits(train, test, batch_size, plain["seed"], plain["workers"])
     return Experiment(plain, splits, recipe, teacher_variables, parameters, total, evals)
 
 

@@ -122,14 +122,12 @@ def evaluate_networks(
     Returns:
       `test/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
     """
-    source = splits.train
-    mean, std = source.mean, source.std
-    augmentation = {"augmentation": source.augmentation, "mean": mean, "std": std}
+    mean, std = splits.train.mean, splits.train.std
     for name, model in networks.items():
         if name not in mapped:
             mapped[name] = (
                 update_lib.pmap(update_lib.evaluation(model, mean, std)),
-                update_lib.pmap(update_lib.batch_statistics(model, augmentation)),
+                update_lib.pmap(update_lib.batch_statistics(model, splits.augmentation)),
             )
 
     def watched(batches):
