@@ -1,28 +1,21 @@
-"""The adder convolution: one differentiable function over primitives with a rule per platform.
-
-A primitive, and not `lax.platform_dependent`, because one exported program must serve several
-platforms, and because the process that lowers need not have the device.
-"""
+"""The adder convolution: one differentiable function over primitives with a rule per platform."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.extend.backend import get_backend
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
 
+from pkkd_jax.ops import cpu, portable
 from pkkd_jax.ops import geometry as geometry_lib
-from pkkd_jax.ops import portable
-from pkkd_jax.ops.geometry import Geometry
+from pkkd_jax.ops.primitive import define, vary_together
 
 # Every lowering rule of the package; `None` serves each platform that has no line of its own. A
 # rule is `(operands..., geometry) -> array`, traced by JAX.
 RULES = {
-    "forward": {None: portable.forward},
-    "input_gradient": {None: portable.input_gradient},
-    "weight_gradient": {None: portable.weight_gradient},
+    "forward": {None: portable.forward, "cpu": cpu.forward},
+    "input_gradient": {None: portable.input_gradient, "cpu": cpu.input_gradient},
+    "weight_gradient": {None: portable.weight_gradient, "cpu": cpu.weight_gradient},
 }
 
 DTYPES = {jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
@@ -31,14 +24,21 @@ DTYPES = {jnp.dtype(name) for name in ("float32", "bfloat16", "float16")}
 def implementation(platform: str | None = None) -> str:
     """Names the implementation that `platform` uses: "portable" is plain JAX.
 
+    On a CPU it is "avx512", "avx2" or "neon", the best that the processor runs, unless the
+    environment variable PKKD_JAX_ADDER names one of them or "portable" when it is first used.
+
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu"; that of this process's default device if None.
+    Raises:
+      UserError: if PKKD_JAX_ADDER names what is unknown, was not built or cannot run here.
     """
     if platform is None:
         platform = jax.default_backend()
         if platform == "gpu":  # JAX's one name for two
             version = get_backend().platform_version.lower()
             platform = "rocm" if "rocm" in version else "cuda"
+    if platform == "cpu":
+        return cpu.selected()
     rule = RULES["forward"].get(platform, RULES["forward"][None])
     return rule.__module__.rpartition(".")[2]
 
@@ -90,17 +90,8 @@ def adder_conv(
     )
     # Under shard_map the primitives want operands that vary over the same mesh axes; the cast is
     # made here, outside the VJP, because its transpose is the sum over those axes.
-    x, w = _vary_together(x, w)
+    x, w = vary_together(x, w)
     return _adder_conv(geometry, x, w)
-
-
-def _vary_together(*arrays):
-    axes = [geometry_lib.varying_axes(a) for a in arrays]
-    union = frozenset().union(*axes)
-    return tuple(
-        lax.pcast(a, tuple(union - own), to="varying") if union - own else a
-        for a, own in zip(arrays, axes, strict=True)
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -122,72 +113,21 @@ def _adder_conv_bwd(geometry, residuals, dy):
 _adder_conv.defvjp(_adder_conv_fwd, _adder_conv_bwd)
 
 
-@functools.cache
-def _compiled(primitive, geometry):
-    return jax.jit(functools.partial(primitive.bind, geometry=geometry))
-
-
-def _evaluate(primitive, *operands, geometry):
-    with jax.disable_jit(False):  # under disable_jit the call would come back here for ever
-        return _compiled(primitive, geometry)(*operands)
-
-
-def _batch(primitive, operands, axes, *, geometry: Geometry):
-    """Folds a vmapped axis into the images if the filters are shared, else into the groups."""
-    name = primitive.name
-    size = next(a.shape[d] for a, d in zip(operands, axes, strict=True) if d is not None)
-    shared = axes[1] is None and name != "adder_weight_gradient"
-
-    def fold(array, axis, target):
-        # A gradient's images and filters must be as many as its cotangent's: broadcast.
-        array = (
-            jnp.broadcast_to(array[None], (size, *array.shape))
-            if axis is None
-            else jnp.moveaxis(array, axis, 0)
-        )
-        array = jnp.moveaxis(array, 0, target)
-        return array.reshape(*array.shape[:target], -1, *array.shape[target + 2 :])
-
-    def unfold(array, target):
-        split = (*array.shape[:target], size, -1, *array.shape[target + 1 :])
-        return array.reshape(split), target
-
-    if shared:
-        x, w, *rest = operands
-        folded = [
-            fold(x, axes[0], 0),
-            w,
-            *(fold(a, d, 0) for a, d in zip(rest, axes[2:], strict=True)),
-        ]
-        return unfold(primitive.bind(*folded, geometry=geometry), 0)
-    folded = [fold(a, d, 3) for a, d in zip(operands, axes, strict=True)]
-    wider = Geometry(**{**vars(geometry), "groups": geometry.groups * size})
-    return unfold(primitive.bind(*folded, geometry=wider), 3)
-
-
-def _primitive(rule: str, aval) -> Primitive:
-    """Makes the primitive of one line of RULES; `aval(*operands, geometry)` is its result."""
-    primitive = Primitive(f"adder_{rule}")
-
-    def like_output(function):
-        @functools.wraps(function)
-        def cast(*operands, geometry):
-            dtype = aval(*(jax.typeof(a) for a in operands), geometry=geometry).dtype
-            return function(*operands, geometry).astype(dtype)
-
-        return cast
-
-    primitive.def_abstract_eval(aval)
-    primitive.def_impl(functools.partial(_evaluate, primitive))
-    batching.primitive_batchers[primitive] = functools.partial(_batch, primitive)
-    for platform, function in RULES[rule].items():
-        lowering = mlir.lower_fun(like_output(function), multiple_results=False)
-        mlir.register_lowering(primitive, lowering, platform=platform)
-    return primitive
-
-
-forward_p = _primitive(
-    "forward", lambda x, w, *, geometry: x.update(shape=geometry.output_shape(x.shape, w.shape))
+forward_p = define(
+    "adder_forward",
+    RULES["forward"],
+    lambda x, w, *, geometry: x.update(shape=geometry.output_shape(x.shape, w.shape)),
+    filters=1,
 )
-input_gradient_p = _primitive("input_gradient", lambda x, w, dy, *, geometry: x)
-weight_gradient_p = _primitive("weight_gradient", lambda x, w, dy, *, geometry: w)
+input_gradient_p = define(
+    "adder_input_gradient",
+    RULES["input_gradient"],
+    lambda x, w, dy, *, geometry: x,
+    filters=1,
+)
+weight_gradient_p = define(
+    "adder_weight_gradient",
+    RULES["weight_gradient"],
+    lambda x, w, dy, *, geometry: w,
+    filters=-1,
+)

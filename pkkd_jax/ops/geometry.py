@@ -20,7 +20,7 @@ class Geometry:
       padding: `((top, bottom), (left, right))`, in pixels of the input; may be negative.
       dilation: distance between neighbouring taps of a filter.
       groups: number of groups of channels that see each other.
-      input_gradient: "hardtanh", "sign" or "full".
+      input_gradient: "hardtanh", "sign" or "full"; it means nothing to an ordinary convolution.
     """
 
     strides: Pair
@@ -71,9 +71,9 @@ def _padding(padding, sizes, taps, strides, dilation) -> tuple[Pair, Pair]:
 
 
 def resolve(
-    x_shape, w_shape, strides, padding, kernel_dilation, groups, input_gradient
+    x_shape, w_shape, strides, padding, kernel_dilation, groups, input_gradient="full"
 ) -> Geometry:
-    """Checks the arguments of `adder_conv` against the shapes and fills in the padding.
+    """Checks the arguments of a convolution against the shapes and fills in the padding.
 
     Raises:
       ValueError: for shapes that do not fit and arguments out of range; the message prints them.

@@ -38,12 +38,15 @@ def _pad_or_crop(x: jax.Array, rows: tuple[int, int], columns: tuple[int, int]) 
 
 
 def _accumulate(trips: int, body, like: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Sums `body` into zeros of `shape` that vary over the same mesh axes as `like`."""
-    zeros = jnp.zeros(shape, jnp.float32)
+    """Sums what `body` adds to zeros of `shape`, `trips` times."""
+    return lax.fori_loop(0, trips, body, _zeros(shape, jnp.float32, like))
+
+
+def _zeros(shape: tuple[int, ...], dtype, like: jax.Array) -> jax.Array:
+    """Zeros that vary over the same mesh axes as `like`."""
+    zeros = jnp.zeros(shape, dtype)
     axes = tuple(varying_axes(like))
-    if axes:
-        zeros = lax.pcast(zeros, axes, to="varying")
-    return lax.fori_loop(0, trips, body, zeros)
+    return lax.pcast(zeros, axes, to="varying") if axes else zeros
 
 
 def forward(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
@@ -140,18 +143,30 @@ def input_gradient(x: jax.Array, w: jax.Array, dy: jax.Array, geometry: Geometry
 
 def weight_gradient(x: jax.Array, w: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """`dw = sum over places of dy * (x - w)`: a convolution's gradient and a rank-one term."""
+    x, w, dy = (a.astype(jnp.float32) for a in (x, w, dy))
+    return product_weight_gradient(x, dy, geometry, w.shape) - w * dy.sum((0, 1, 2))
 
-    def convolution(kernel):
-        return lax.conv_general_dilated(
-            x.astype(jnp.float32),
-            kernel,
-            geometry.strides,
-            geometry.padding,
-            rhs_dilation=geometry.dilation,
-            dimension_numbers=DIMENSIONS,
-            feature_group_count=geometry.groups,
-        )
 
-    w, dy = w.astype(jnp.float32), dy.astype(jnp.float32)
-    (correlation,) = jax.linear_transpose(convolution, w)(dy)
-    return correlation - w * dy.sum((0, 1, 2))
+def product_forward(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+    """The ordinary convolution, which sums `x * w`; `conv.conv_general_dilated` is its face."""
+    return lax.conv_general_dilated(
+        x,
+        w,
+        geometry.strides,
+        geometry.padding,
+        rhs_dilation=geometry.dilation,
+        dimension_numbers=DIMENSIONS,
+        feature_group_count=geometry.groups,
+    )
+
+
+def product_input_gradient(w: jax.Array, dy: jax.Array, geometry: Geometry, shape) -> jax.Array:
+    """`dx = sum over filters of dy * w`, of `shape`."""
+    x = _zeros(shape, dy.dtype, dy)
+    return jax.linear_transpose(lambda x: product_forward(x, w, geometry), x)(dy)[0]
+
+
+def product_weight_gradient(x: jax.Array, dy: jax.Array, geometry: Geometry, shape) -> jax.Array:
+    """`dw = sum over places of dy * x`, of `shape`."""
+    w = _zeros(shape, dy.dtype, dy)
+    return jax.linear_transpose(lambda w: product_forward(x, w, geometry), w)(dy)[0]

@@ -1,0 +1,128 @@
+"""The ordinary convolution, as `linen.Conv` calls it, with this package's kernels on CPUs.
+
+XLA's own are slow there, the weight gradient most of all, and a teacher is half of a joint step.
+On every other platform these primitives are `lax.conv_general_dilated`.
+"""
+
+import jax
+from jax import lax
+from jax.interpreters import ad
+
+from pkkd_jax.ops import cpu, portable
+from pkkd_jax.ops import geometry as geometry_lib
+from pkkd_jax.ops.geometry import DIMENSIONS
+from pkkd_jax.ops.primitive import define, vary_together
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def conv_general_dilated(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    window_strides,
+    padding,
+    lhs_dilation=None,
+    rhs_dilation=None,
+    dimension_numbers=None,
+    feature_group_count: int = 1,
+    **options,
+) -> jax.Array:
+    """`lax.conv_general_dilated`: a `conv_general_dilated` for `linen.Conv`.
+
+    Two-dimensional NHWC convolutions of float32, bfloat16 or float16 without `lhs_dilation` have
+    primitives of their own, differentiable any number of times, forward and backward; all others
+    go to `lax.conv_general_dilated` as they are.
+
+    Args:
+      lhs: images, `[batch, height, width, c_in]`.
+      rhs: kernel, `[kh, kw, c_in / feature_group_count, c_out]`.
+      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+        **options: as there; sums are float32 whatever `precision` says.
+    Returns:
+      `[batch, height', width', c_out]`, dtype of `lhs`.
+    """
+    dilated = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
+    unusual = any(options[o] not in (None, 1) for o in options if o != "precision")
+    if (
+        lhs.ndim != 4
+        or lhs.dtype != rhs.dtype
+        or lhs.dtype.name not in DTYPES
+        or dilated
+        or unusual
+        or dimension_numbers is None
+        or lax.conv_dimension_numbers(lhs.shape, rhs.shape, dimension_numbers) != _NHWC
+    ):
+        return lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            **options,
+        )
+    geometry = geometry_lib.resolve(
+        lhs.shape,
+        rhs.shape,
+        window_strides,
+        padding,
+        (1, 1) if rhs_dilation is None else rhs_dilation,
+        feature_group_count,
+    )
+    return forward_p.bind(*vary_together(lhs, rhs), geometry=geometry)
+
+
+_NHWC = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), DIMENSIONS)
+
+forward_p = define(
+    "conv_forward",
+    {None: portable.product_forward, "cpu": cpu.product_forward},
+    lambda x, w, *, geometry: x.update(shape=geometry.output_shape(x.shape, w.shape)),
+    filters=1,
+)
+input_gradient_p = define(
+    "conv_input_gradient",
+    {None: portable.product_input_gradient, "cpu": cpu.product_input_gradient},
+    lambda w, dy, *, geometry, shape: dy.update(shape=shape),
+    filters=0,
+)
+weight_gradient_p = define(
+    "conv_weight_gradient",
+    {None: portable.product_weight_gradient, "cpu": cpu.product_weight_gradient},
+    lambda x, dy, *, geometry, shape: x.update(shape=shape),
+    filters=-1,
+)
+
+
+# All three are bilinear, and each is the transpose of the others.
+
+
+def _input(w, dy, x, geometry):
+    return input_gradient_p.bind(w, dy, geometry=geometry, shape=x.aval.shape)
+
+
+def _weight(x, dy, w, geometry):
+    return weight_gradient_p.bind(x, dy, geometry=geometry, shape=w.aval.shape)
+
+
+def _forward(x, w, geometry):
+    return forward_p.bind(x, w, geometry=geometry)
+
+
+ad.defbilinear(
+    forward_p,
+    lambda dy, x, w, *, geometry: _input(w, dy, x, geometry),
+    lambda dy, x, w, *, geometry: _weight(x, dy, w, geometry),
+)
+ad.defbilinear(
+    input_gradient_p,
+    lambda x, w, dy, *, geometry, shape: _weight(x, dy, w, geometry),
+    lambda x, w, dy, *, geometry, shape: _forward(x, w, geometry),
+)
+ad.defbilinear(
+    weight_gradient_p,
+    lambda w, x, dy, *, geometry, shape: _input(w, dy, x, geometry),
+    lambda w, x, dy, *, geometry, shape: _forward(x, w, geometry),
+)

@@ -1,0 +1,3 @@
+#include "kernels.h"
+
+extern const Kernels kAvx2 = KERNELS("avx2");

@@ -1,0 +1,164 @@
+// The library: XLA FFI handlers, the choice of the instruction set, and the sharing of work.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <thread>
+
+#include "job.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+// ---- the instruction set
+
+struct Candidate {
+  const Kernels* kernels;
+  bool runs;
+};
+
+// Those of this build, the best first.
+const Candidate* candidates() {
+  static const Candidate all[] = {
+#if defined(__x86_64__)
+      {&kAvx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq")},
+      {&kAvx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+#elif defined(__aarch64__)
+      {&kNeon, true},
+#endif
+      {nullptr, false}};
+  return all;
+}
+
+const Kernels* find(const char* name) {
+  for (const Candidate* c = candidates(); c->kernels; ++c) {
+    if (c->runs && (name == nullptr || std::strcmp(name, c->kernels->name) == 0)) {
+      return c->kernels;
+    }
+  }
+  return nullptr;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+// ---- sharing
+
+// A call, divided into units that threads claim. A task of the pool that begins late finds no unit
+// left and touches only the counters, which is why they alone may outlive the call.
+struct Call {
+  const Operation* operation;
+  Job job;
+  Plan plan;
+  float* scratch;
+  std::atomic<int64_t> threads{0}, next[2] = {{0}, {0}}, done[2] = {{0}, {0}};
+
+  void work() {
+    float* own = nullptr;
+    for (int phase = 0; phase < 2; ++phase) {
+      for (int64_t unit; (unit = next[phase].fetch_add(1)) < plan.units[phase];) {
+        if (own == nullptr) own = scratch + threads.fetch_add(1) * plan.scratch;
+        operation->run(job, plan, phase, unit, own);
+        done[phase].fetch_add(1);
+      }
+      // All units are claimed, so those waited for have begun: a busy pool cannot block a call.
+      for (int turns = 0; done[phase].load() < plan.units[phase]; ++turns) {
+        if (turns > 1000) std::this_thread::yield();
+      }
+    }
+  }
+};
+
+int64_t up(int64_t floats) { return (floats + 15) / 16 * 16; }  // to whole cache lines
+
+ffi::Error run(ffi::ThreadPool pool, Operation Kernels::*member, Job job) {
+  const Kernels* kernels = chosen.load();
+  if (kernels == nullptr) return ffi::Error::Internal("no instruction set was selected");
+  job.threads = pool.num_threads() < 1 ? 1 : pool.num_threads();
+  auto call = std::make_shared<Call>();
+  call->operation = &(kernels->*member);
+  call->plan = call->operation->plan(job);
+  call->plan.scratch = up(call->plan.scratch);
+  const int64_t shared = up(call->plan.shared);
+  const size_t floats = static_cast<size_t>(shared + job.threads * call->plan.scratch) + 16;
+  const std::unique_ptr<float, void (*)(void*)> memory(
+      static_cast<float*>(std::aligned_alloc(64, floats * sizeof(float))), std::free);
+  if (memory == nullptr) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, "no memory for the adder's scratch");
+  }
+  job.shared = memory.get();
+  call->scratch = memory.get() + shared;
+  call->job = job;
+  for (int64_t i = 1; i < job.threads; ++i) pool.Schedule([call] { call->work(); });
+  call->work();
+  return ffi::Error::Success();
+}
+
+// ---- handlers
+
+using Array = ffi::Buffer<ffi::F32>;
+using Result = ffi::ResultBuffer<ffi::F32>;
+using Numbers = ffi::Span<const int64_t>;
+
+Job job_of(Numbers x, Numbers w, Numbers y, Numbers geometry) {
+  Job job = {};
+  job.shape = {x[0], x[1], x[2], x[3], w[0], w[1], w[3], y[1], y[2],
+               geometry[0], geometry[1], geometry[2], geometry[3], geometry[4], geometry[5],
+               geometry[6]};
+  job.body = static_cast<Body>(geometry[7]);
+  return job;
+}
+
+ffi::Error forward(ffi::ThreadPool pool, Numbers geometry, Array x, Array w, Result y) {
+  Job job = job_of(x.dimensions(), w.dimensions(), y->dimensions(), geometry);
+  job.x = x.typed_data();
+  job.w = w.typed_data();
+  job.out = y->typed_data();
+  return run(pool, &Kernels::forward, job);
+}
+
+ffi::Error input_gradient(ffi::ThreadPool pool, Numbers geometry, Array x, Array w, Array dy,
+                          Result dx) {
+  Job job = job_of(dx->dimensions(), w.dimensions(), dy.dimensions(), geometry);
+  job.x = x.typed_data();
+  job.w = w.typed_data();
+  job.dy = dy.typed_data();
+  job.out = dx->typed_data();
+  return run(pool, &Kernels::input_gradient, job);
+}
+
+ffi::Error weight_gradient(ffi::ThreadPool pool, Numbers geometry, Array x, Array w, Array dy,
+                           Result dw) {
+  Job job = job_of(x.dimensions(), dw->dimensions(), dy.dimensions(), geometry);
+  job.x = x.typed_data();
+  job.w = w.typed_data();
+  job.dy = dy.typed_data();
+  job.out = dw->typed_data();
+  return run(pool, &Kernels::weight_gradient, job);
+}
+
+}  // namespace
+
+#define PUBLIC extern "C" __attribute__((visibility("default")))
+
+#define HANDLER(symbol, function, binding)                \
+  PUBLIC XLA_FFI_Error* symbol(XLA_FFI_CallFrame*);       \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(symbol, function, binding)
+
+HANDLER(pkkd_forward, forward,
+        ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<Numbers>("geometry").Arg<Array>().Arg<Array>()
+            .Ret<Array>());
+HANDLER(pkkd_input_gradient, input_gradient,
+        ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<Numbers>("geometry").Arg<Array>().Arg<Array>()
+            .Arg<Array>().Ret<Array>());
+HANDLER(pkkd_weight_gradient, weight_gradient,
+        ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<Numbers>("geometry").Arg<Array>().Arg<Array>()
+            .Arg<Array>().Ret<Array>());
+
+// Uses `name` from now on, or the best one for null; returns its name, or null if it cannot run.
+PUBLIC const char* pkkd_select(const char* name) {
+  const Kernels* kernels = find(name);
+  if (kernels != nullptr) chosen.store(kernels);
+  return kernels == nullptr ? nullptr : kernels->name;
+}
