@@ -7,7 +7,7 @@ import pytest
 
 from pkkd_jax import distill
 from pkkd_jax.distill.kd import kd
-from pkkd_jax.distill.pkkd import effective_rank, pkkd, select_taps
+from pkkd_jax.distill.pkkd import effective_rank, moments, pkkd, select_taps
 from pkkd_jax.names import UserError
 from pkkd_jax.nn import Outputs
 
@@ -163,8 +163,9 @@ def test_taps_of_different_size_are_refused():
 
 def test_effective_rank_counts_directions():
     z = jax.random.normal(jax.random.key(0), (32, 16, 16, 4))
-    np.testing.assert_allclose(effective_rank(z, None), 4, rtol=0.01)
-    np.testing.assert_allclose(effective_rank(z[..., :1] * jnp.ones(4), None), 1, rtol=1e-4)
+    same = z[..., :1] * jnp.ones(4)
+    np.testing.assert_allclose(effective_rank(moments(z, z, None)), 4, rtol=0.01)
+    np.testing.assert_allclose(effective_rank(moments(same, same, None)), 1, rtol=1e-4)
 
 
 def test_an_unknown_loss_or_keyword_is_named_with_the_nearest():

@@ -10,7 +10,7 @@ from flax import linen
 from jax import lax
 
 from pkkd_jax.names import UserError
-from pkkd_jax.nn import AdderConv, Outputs, convolution
+from pkkd_jax.nn import AdderConv, Conv, Outputs, convolution
 from pkkd_jax.ops.adder import adder_conv
 
 KEY = jax.random.key(0)
@@ -149,7 +149,7 @@ def test_a_wrong_number_of_groups_shows_both_shapes():
         shapes(AdderConv(4, (3, 3), feature_group_count=2), 1, 8, 8, 3)
 
 
-@pytest.mark.parametrize(("name", "layer"), [("conv", linen.Conv), ("adder", AdderConv)])
+@pytest.mark.parametrize(("name", "layer"), [("conv", Conv), ("adder", AdderConv)])
 def test_convolutions_have_names(name, layer):
     assert convolution(name) is layer
 

@@ -1,5 +1,6 @@
 """Progressive kernel-based knowledge distillation: features matched in a kernel space."""
 
+import math
 import re
 
 import jax
@@ -8,11 +9,10 @@ from jax import lax
 
 from pkkd_jax.distill import Distiller
 from pkkd_jax.names import UserError, unknown
+from pkkd_jax.ops.conv import sum_of_products
 
 __all__ = ["pkkd"]
-
-# Examples of a device that the effective ranks are estimated from: they cost a convolution each.
-RANK_EXAMPLES = 32
+UNDERFLOW_EXAMPLES = 32  # of each device: the share needs no more
 
 
 def laplacian_kernel(z: jax.Array, log_sigma2: jax.Array, max_exponent: float) -> jax.Array:
@@ -30,19 +30,45 @@ def dot_product_kernel(z: jax.Array, log_sigma2: jax.Array, max_exponent: float)
     return jnp.exp(jnp.clip(exponent, -max_exponent, max_exponent))
 
 
-def normalise(z: jax.Array, axis_name: str | None) -> jax.Array:
-    """BatchNorm without affine and without running statistics, over the global batch."""
-    mean = _mean(z.mean((0, 1, 2)), axis_name)
-    centred = z - mean
-    variance = _mean(jnp.square(centred).mean((0, 1, 2)), axis_name)
-    return centred * lax.rsqrt(variance + 1e-5)
+def centre(z: jax.Array, axis_name: str | None) -> jax.Array:
+    """`z` less the mean of each channel over the global batch."""
+    # A constant in differentiation: what follows are products of centred responses, whose
+    # derivatives sum to zero over the batch.
+    return z - _mean(lax.stop_gradient(z).mean((0, 1, 2)), axis_name)
 
 
-def effective_rank(features: jax.Array, axis_name: str | None) -> jax.Array:
-    """Participation ratio `tr(C)^2 / tr(C^2)` of the channels' second moments, in [1, channels]."""
-    flat = lax.stop_gradient(features[:RANK_EXAMPLES]).reshape(-1, features.shape[-1])
-    moments = _mean(flat.T @ flat / flat.shape[0], axis_name)
-    return jnp.square(jnp.trace(moments)) / jnp.maximum(jnp.square(moments).sum(), 1e-12)
+def moments(a: jax.Array, b: jax.Array, axis_name: str | None) -> jax.Array:
+    """`[channels of a, channels of b]`: means of `a_i b_j` over places and the global batch."""
+    return _mean(sum_of_products(a, b) / math.prod(a.shape[:3]), axis_name)
+
+
+def own_moments(z: jax.Array, axis_name: str | None) -> jax.Array:
+    """`moments(z, z)`, whose derivative costs one product instead of two equal ones."""
+    half = moments(z, lax.stop_gradient(z), axis_name)
+    return half + half.T - lax.stop_gradient(half)
+
+
+def rho(weights: jax.Array | None, covariance: jax.Array | None, channels: int) -> jax.Array:
+    """The matrix of rho: BatchNorm of centred responses, `weights`, and BatchNorm again.
+
+    Args:
+      weights: `[channels, channels']`; None for neither them nor the second BatchNorm.
+      covariance: of the responses, `[channels, channels]`; None for no BatchNorm.
+      channels: of the responses.
+    """
+    if covariance is None:
+        return jnp.eye(channels) if weights is None else weights
+    scale = lax.rsqrt(jnp.diag(covariance) + 1e-5)
+    if weights is None:
+        return jnp.diag(scale)
+    matrix = scale[:, None] * weights
+    return matrix * lax.rsqrt(jnp.diag(matrix.T @ covariance @ matrix) + 1e-5)
+
+
+def effective_rank(second: jax.Array) -> jax.Array:
+    """Participation ratio `tr(C)^2 / tr(C^2)` of channels' second moments C, in [1, channels]."""
+    second = lax.stop_gradient(second)
+    return jnp.square(jnp.trace(second)) / jnp.maximum(jnp.square(second).sum(), 1e-12)
 
 
 def select_taps(features, taps: str) -> list[str]:
@@ -162,13 +188,6 @@ def pkkd(
             params["sigma"] = {"shared": mean}
         return params if kernel else {"rho": params["rho"]}
 
-    def rho(z, weights, axis_name):
-        z = normalise(z, axis_name) if batch_norm else z
-        if weights is None:
-            return z
-        z = z @ weights
-        return normalise(z, axis_name) if batch_norm else z
-
     def apply(params, student, teacher, axis_name):
         found = pairs(student, teacher)
         losses, metrics = [], {}
@@ -185,15 +204,20 @@ def pkkd(
                 z_a = laplacian_kernel(z_a, log_a, max_exponent)
                 z_c = dot_product_kernel(z_c, log_c, max_exponent)
                 floor = jnp.exp(jnp.float32(-max_exponent)) * (1 + 1e-5)
-                metrics[f"underflow/{tap}"] = (z_a <= floor).mean()
+                metrics[f"underflow/{tap}"] = (z_a[:UNDERFLOW_EXAMPLES] <= floor).mean()
                 metrics[f"sigma_student/{tap}"] = jnp.exp(log_a / 2)
                 metrics[f"sigma_teacher/{tap}"] = jnp.exp(log_c / 2)
-            weights = params["rho"][tap]
-            a = rho(z_a, weights.get("student"), axis_name)
-            c = rho(z_c, weights.get("teacher"), axis_name)
-            losses.append(jnp.square(a - c).mean())
-            metrics[f"rank_student/{tap}"] = effective_rank(a, axis_name)
-            metrics[f"rank_teacher/{tap}"] = effective_rank(c, axis_name)
+            weights_a, weights_c = (params["rho"][tap].get(s) for s in ("student", "teacher"))
+            if batch_norm:
+                z_a, z_c = centre(z_a, axis_name), centre(z_c, axis_name)
+            aa, cc = own_moments(z_a, axis_name), own_moments(z_c, axis_name)
+            a = rho(weights_a, aa if batch_norm else None, z_a.shape[-1])
+            c = rho(weights_c, cc if batch_norm else None, z_c.shape[-1])
+            # The responses of rho are never made: their moments say all that is asked of them.
+            aa, ac, cc = a.T @ aa @ a, a.T @ moments(z_a, z_c, axis_name) @ c, c.T @ cc @ c
+            losses.append(jnp.diag(aa - 2 * ac + cc).mean())
+            metrics[f"rank_student/{tap}"] = effective_rank(aa)
+            metrics[f"rank_teacher/{tap}"] = effective_rank(cc)
         loss = jnp.stack(losses).mean()
         return loss, {"loss_mid": loss, **metrics}
 

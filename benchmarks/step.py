@@ -1,0 +1,256 @@
+"""Whole training steps on synthetic CIFAR-10 images: seconds, ratios, peak memory, growth.
+
+python benchmarks/step.py [--batch_size 128] [--depth 20] [--peers] [--growth] [--json FILE]
+
+Each case trains in a process of its own, after warming up; the cases take turns, and medians over
+all turns are printed. `--peers` adds the same CNN in PyTorch (`pip install '.[peers]'`), which has
+no augmentation in its step. `--growth` adds the time of an ANN step by batch size and by depth.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+TURNS, WARM_UP, STEPS = 3, 3, 12
+CASES = {
+    "ANN": "adder network alone",
+    "CNN": "its convolutional twin alone, with this package's convolution",
+    "CNN, XLA": "the same with XLA's own convolution",
+    "KD": "teacher and student, KD",
+    "PKKD": "teacher and student, PKKD with the taps of the configuration",
+    "PKKD, 3x3": "teacher and student, PKKD at every 3x3 layer",
+}
+PEER = "CNN, PyTorch"
+
+
+def jax_step(case: str, depth: int, batch_size: int):
+    """A function that makes one step and waits for it."""
+    import jax
+    import numpy as np
+    import optax
+
+    from pkkd_jax import models, optim, update
+    from pkkd_jax.distill.kd import kd
+    from pkkd_jax.distill.pkkd import pkkd
+
+    def network(conv):
+        return models.build("resnet_cifar", depth=depth, num_classes=10, conv=conv)
+
+    joint = case in ("KD", "PKKD", "PKKD, 3x3")
+    losses = {"kd": (1.0, kd())} if joint else {}
+    if case == "PKKD":
+        losses["pkkd"] = (1.0, pkkd())
+    if case == "PKKD, 3x3":
+        blocks = [f"stage{s}.block{b}" for s in (1, 2, 3) for b in range(1, (depth - 2) // 6 + 1)]
+        taps = ",".join(f"{block}.conv{i}" for block in blocks for i in (1, 2))
+        losses["pkkd"] = (1.0, pkkd(taps=taps))
+    recipe = update.Recipe(
+        student=network("conv" if case.startswith("CNN") else "adder"),
+        teacher=network("conv") if joint else None,
+        teacher_learns=joint,
+        losses=losses,
+        alpha=1.0,
+        optimiser=optim.build(1000, momentum=0.9),
+        distiller_optimiser=optax.sgd(0.1, momentum=0.9),
+        augmentation=dict(augmentation="crop_flip", mean=(120.0,) * 3, std=(60.0,) * 3),
+        seed=0,
+    )
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch_size, 32, 32, 3), np.uint8)
+    labels = rng.integers(0, 10, batch_size).astype(np.int32)
+    state = update.replicate(update.init_state(recipe, images[:256]))
+    batch = {"image": images[None, None], "label": labels[None, None]}
+    mapped = update.pmap(update.joint_update(recipe), donate=True)
+
+    def step():
+        nonlocal state
+        state, metrics = mapped(state, batch)
+        jax.block_until_ready((state, metrics))
+
+    return step
+
+
+def torch_step(depth: int, batch_size: int, channels_last: bool):
+    """The CIFAR ResNet of the same depth, momentum and weight decay in PyTorch."""
+    import torch
+    from torch import nn
+
+    def layer(c_in, c_out, size, stride=1):
+        convolution = nn.Conv2d(c_in, c_out, size, stride, size // 2, bias=False)
+        return nn.Sequential(convolution, nn.BatchNorm2d(c_out))
+
+    class Block(nn.Module):
+        def __init__(self, c_in, c_out, stride):
+            super().__init__()
+            self.first = layer(c_in, c_out, 3, stride)
+            self.second = layer(c_out, c_out, 3)
+            same = c_in == c_out and stride == 1
+            self.shortcut = nn.Identity() if same else layer(c_in, c_out, 1, stride)
+
+        def forward(self, x):
+            y = self.second(torch.relu(self.first(x)))
+            return torch.relu(y + self.shortcut(x))
+
+    blocks, width = [], 16
+    for stage, features in enumerate((16, 32, 64)):
+        for block in range((depth - 2) // 6):
+            blocks.append(Block(width, features, 2 if stage and not block else 1))
+            width = features
+    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10, bias=False)]
+    model = nn.Sequential(layer(3, 16, 3), nn.ReLU(), *blocks, *head, nn.BatchNorm1d(10))
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=layout)
+    optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    images = torch.randn(batch_size, 3, 32, 32).to(memory_format=layout)
+    labels = torch.randint(10, (batch_size,))
+
+    def step():
+        optimiser.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+        optimiser.step()
+
+    return step
+
+
+def measure(case: str, depth: int, batch_size: int) -> dict:
+    """Seconds of each step, and peak memory in MB before the first and at the end."""
+    if case.startswith(PEER):
+        make = lambda: torch_step(depth, batch_size, case.endswith("last"))  # noqa: E731
+        import torch  # noqa: F401
+    else:
+        make = lambda: jax_step(case, depth, batch_size)  # noqa: E731
+        import jax
+
+        jax.devices()
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    step, seconds = make(), []
+    for _ in range(WARM_UP):
+        step()
+    for _ in range(STEPS):
+        begin = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - begin)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return {"seconds": seconds, "before_mb": before, "peak_mb": peak}
+
+
+def in_process(case: str, depth: int, batch_size: int) -> dict:
+    """`measure` in a new process, one device in all."""
+    command = [sys.executable, __file__, "--case", case, "--depth", str(depth)]
+    environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu")
+    if case == "CNN, XLA":
+        environment["PKKD_JAX_ADDER"] = "portable"
+    text = subprocess.run(
+        [*command, "--batch_size", str(batch_size)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
+    return json.loads(text.splitlines()[-1])
+
+
+def fit(xs, ys) -> tuple[float, float, list[float]]:
+    """Least squares of the relative residuals of `a + b x`: a, b, and those residuals."""
+    import numpy as np
+
+    rows = np.stack([np.ones(len(xs)), xs], 1) / np.array(ys)[:, None]
+    a, b = np.linalg.lstsq(rows, np.ones(len(xs)))[0]
+    return float(a), float(b), [float((a + b * x) / y - 1) for x, y in zip(xs, ys, strict=True)]
+
+
+def grow(title: str, xs, points) -> dict:
+    """Prints the ANN step's seconds at `points`, (depth, batch size), over `xs`, and the fit."""
+    seconds = [statistics.median(in_process("ANN", *p)["seconds"]) for p in points]
+    a, b, residuals = fit(xs, seconds)
+    print(f"\n{title:>20} {'s/step':>8} {'residual':>9}")
+    for x, second, residual in zip(xs, seconds, residuals, strict=True):
+        print(f"{x:>20.4g} {second:>8.3f} {residual:>9.1%}")
+    print(f"a = {a:.4g} s, b = {b:.4g} s each")
+    return {"x": list(xs), "seconds": seconds, "a": a, "b": b, "residuals": residuals}
+
+
+def adder_terms(depth: int) -> float:
+    """Terms of one image in the adder layers of the forward pass."""
+    blocks, terms, width = (depth - 2) // 6, 0, 16
+    for stage, features in enumerate((16, 32, 64)):
+        pixels = (32 >> stage) ** 2
+        for block in range(blocks):
+            terms += 9 * pixels * features * (width + features)
+            terms += pixels * features * width if stage and not block else 0
+            width = features
+    return float(terms)
+
+
+def main() -> None:
+    """Runs all cases, or one for `in_process`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--depth", type=int, default=20, help="6n + 2")
+    parser.add_argument("--peers", action="store_true", help="PyTorch too")
+    parser.add_argument("--growth", action="store_true", help="by batch size and depth too")
+    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    depth, batch_size = arguments.depth, arguments.batch_size
+    if arguments.case:
+        print(json.dumps(measure(arguments.case, depth, batch_size)))
+        return
+    import jax
+
+    from pkkd_jax.ops import adder
+
+    print(f"ResNet-{depth}, batch {batch_size}, {os.cpu_count()} cores, jax {jax.__version__},"
+          f" adder op: {adder.implementation('cpu')}")  # fmt: skip
+    cases = dict(CASES)
+    if arguments.peers:
+        import torch
+
+        print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+        cases |= {f"{PEER}, contiguous": "contiguous", f"{PEER}, channels last": "channels last"}
+    found: dict[str, list] = {case: [] for case in cases}
+    for _ in range(TURNS):
+        for case, runs in found.items():
+            runs.append(in_process(case, depth, batch_size))
+    seconds = {
+        c: statistics.median(s for r in runs for s in r["seconds"]) for c, runs in found.items()
+    }
+    memory = {c: statistics.median(r["peak_mb"] for r in runs) for c, runs in found.items()}
+    print(f"\n{'':>28} {'s/step':>8} {'img/s':>7} {'peak MB':>8}  (a process without a step: "
+          f"{found['ANN'][0]['before_mb']:.0f} MB)")  # fmt: skip
+    for case in cases:
+        rate = batch_size / seconds[case]
+        print(f"{case:>28} {seconds[case]:>8.3f} {rate:>7.0f} {memory[case]:>8.0f}")
+    ratios = {
+        "PKKD / (ANN + CNN)": seconds["PKKD"] / (seconds["ANN"] + seconds["CNN"]),
+        "PKKD / KD": seconds["PKKD"] / seconds["KD"],
+        "PKKD at every 3x3 layer / KD": seconds["PKKD, 3x3"] / seconds["KD"],
+        "ANN / CNN with XLA's convolution": seconds["ANN"] / seconds["CNN, XLA"],
+        "peak memory, ANN / CNN with XLA's convolution": memory["ANN"] / memory["CNN, XLA"],
+    }
+    if arguments.peers:
+        best = min(value for case, value in seconds.items() if case.startswith(PEER))
+        ratios["ANN / the faster PyTorch CNN"] = seconds["ANN"] / best
+    print()
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.2f}")
+    result = {"cases": found, "seconds": seconds, "peak_mb": memory, "ratios": ratios}
+    if arguments.growth:
+        sizes = (16, 32, 64, 128, 256, 512)
+        result["by_batch"] = grow("batch size", sizes, [(20, size) for size in sizes])
+        depths = (8, 14, 20, 32, 44, 56)
+        terms = [adder_terms(d) * 128 for d in depths]
+        result["by_terms"] = grow("terms of a forward", terms, [(d, 128) for d in depths])
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
