@@ -1,4 +1,4 @@
-"""How this package makes a primitive: rules per platform, batching, and the portable form in exports.
+"""How primitives are made: rules per platform, batching, and the portable form in exports.
 
 A primitive, and not `lax.platform_dependent`, because one exported program must serve several
 platforms, and because the process that lowers need not have the device.

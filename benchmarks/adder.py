@@ -1,0 +1,331 @@
+"""The adder convolution on this CPU beside what the processor can do, XLA and PyTorch.
+
+python benchmarks/adder.py [--peers] [--json FILE] [--repeats 7]
+
+For each instruction set that runs here: the ceilings, which are the kernels' inner loops with data
+in the L1 cache, on one and on all threads; and for each layer the rates of forward, dx and dw in
+G terms a second, with their share of the roof, max(terms / ceiling, bytes / copy bandwidth). A
+layer and its ceilings take turns, since clocks drift; medians are printed. Then the same layers as
+XLA's convolution, and with `--peers` (`pip install '.[peers]'`) as PyTorch's, as torch.cdist and as
+a broadcasting adder. Compiles `ceilings.cc` with `c++` (or $CXX).
+"""
+
+import argparse
+import ctypes
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+FLAGS = {
+    "avx512": ["-mavx512f", "-mavx512dq", "-mfma"],
+    "avx2": ["-mavx2", "-mfma"],
+    "neon": [],
+}
+# batch, height, width, c_in, c_out, size of the filters, stride
+LAYERS = [
+    (128, 32, 32, 16, 16, 3, 1),
+    (128, 16, 16, 32, 32, 3, 1),
+    (128, 8, 8, 64, 64, 3, 1),
+    (128, 32, 32, 16, 32, 3, 2),
+    (128, 32, 32, 16, 32, 1, 2),
+    (32, 56, 56, 64, 64, 3, 1),
+    (32, 28, 28, 128, 128, 3, 1),
+    (32, 14, 14, 256, 256, 3, 1),
+    (32, 7, 7, 512, 512, 3, 1),
+    (32, 56, 56, 256, 64, 1, 1),
+]
+# MobileNet's depthwise layers, at which every channel is a group.
+DEPTHWISE = [
+    (32, 112, 112, 32, 32, 3, 1),
+    (32, 56, 56, 128, 128, 3, 1),
+    (32, 28, 28, 256, 256, 3, 1),
+    (32, 14, 14, 512, 512, 3, 1),
+    (32, 7, 7, 1024, 1024, 3, 1),
+]
+PASSES = ("forward", "dx", "dw")
+CEILINGS = {"forward": "forward", "dx": "input_gradient", "dw": "product"}
+THREADS = os.cpu_count() or 1
+
+
+class Ceilings:
+    """The inner loops of one instruction set, and the bandwidth of a copy."""
+
+    def __init__(self, isa: str):
+        source = Path(__file__).with_name("ceilings.cc")
+        with tempfile.TemporaryDirectory() as folder:
+            library = Path(folder) / "ceilings.so"
+            compiler = os.environ.get("CXX", "c++")
+            flags = ["-std=c++17", "-O3", "-shared", "-fPIC", *FLAGS[isa]]
+            subprocess.run([compiler, *flags, source, "-o", library], check=True)
+            self.library = ctypes.CDLL(str(library))
+        for name in CEILINGS.values():
+            function = getattr(self.library, name)
+            function.restype = ctypes.c_double
+            function.argtypes = [ctypes.c_long, *[ctypes.c_void_p] * 3]
+
+    def rate(self, which: str, threads: int = THREADS) -> float:
+        """G terms a second of all threads together."""
+        function = getattr(self.library, CEILINGS[which])
+        buffers = [np.random.randn(3, 1 << 13).astype(np.float32) for _ in range(threads)]
+
+        def work(buffer):
+            return function(4000, *(row.ctypes.data for row in buffer))
+
+        return on_threads(work, buffers)
+
+    @staticmethod
+    def bandwidth() -> float:
+        """GB a second, read and written, of copies far larger than the caches."""
+        pairs = [(np.ones(1 << 24, np.float32), np.ones(1 << 24, np.float32))] * THREADS
+
+        def work(pair):
+            np.copyto(*pair)
+            return 2.0 * pair[0].nbytes
+
+        return on_threads(work, pairs)
+
+
+def on_threads(work, items) -> float:
+    """1e9 of what `work` returns a second, summed over one thread an item, the median of five."""
+    rates = []
+    for _ in range(5):
+        done: list[float] = []
+        threads = [threading.Thread(target=lambda i=i: done.append(work(i))) for i in items]
+        begin = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        rates.append(sum(done) / (time.perf_counter() - begin) / 1e9)
+    return statistics.median(rates)
+
+
+def seconds_of(function, least: float = 0.05) -> float:
+    """Seconds of one call, from as many as fill `least` seconds."""
+    begin, calls = time.perf_counter(), 0
+    while calls == 0 or time.perf_counter() - begin < least:
+        function()
+        calls += 1
+    return (time.perf_counter() - begin) / calls
+
+
+def shapes(layer, depthwise=False):
+    """Shapes of x, w and y, and the terms of one pass."""
+    n, h, w, c_in, c_out, size, stride = layer
+    y = (n, -(-h // stride), -(-w // stride), c_out)
+    per_group = 1 if depthwise else c_in
+    terms = math.prod(y) * size * size * per_group
+    return (n, h, w, c_in), (size, size, per_group, c_out), y, terms
+
+
+def title(layer, depthwise=False) -> str:
+    """A short name."""
+    n, h, _, c_in, c_out, size, stride = layer
+    text = f"{n} x {h}x{h} {c_in}->{c_out} {size}x{size}"
+    return text + (" /2" if stride == 2 else "") + (" depthwise" if depthwise else "")
+
+
+def jax_passes(layer, adder: bool, depthwise=False) -> dict:
+    """The three passes as functions that wait for their result."""
+    import jax
+    from jax import lax
+
+    from pkkd_jax.ops.adder import adder_conv
+
+    x_shape, w_shape, y_shape, _ = shapes(layer, depthwise)
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w, dy = (
+        jax.random.normal(k, s) for k, s in zip(keys, (x_shape, w_shape, y_shape), strict=True)
+    )
+    strides, groups = (layer[6],) * 2, x_shape[3] // w_shape[2]
+
+    def convolution(x, w):
+        if adder:
+            return adder_conv(x, w, strides=strides, feature_group_count=groups)
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(
+            x, w, strides, "SAME", dimension_numbers=dimensions, feature_group_count=groups
+        )
+
+    jitted = [
+        jax.jit(convolution),
+        jax.jit(lambda x, w, dy: jax.vjp(lambda x: convolution(x, w), x)[1](dy)[0]),
+        jax.jit(lambda x, w, dy: jax.vjp(lambda w: convolution(x, w), w)[1](dy)[0]),
+    ]
+    operands = [(x, w), (x, w, dy), (x, w, dy)]
+    return {
+        name: (lambda f=f, a=a: jax.block_until_ready(f(*a)))
+        for name, f, a in zip(PASSES, jitted, operands, strict=True)
+    }
+
+
+def kernels(isa: str, repeats: int) -> dict:
+    """Ceilings and layers of one instruction set; to be run where PKKD_JAX_ADDER names it."""
+    ceilings = Ceilings(isa)
+    found = {
+        "threads": {
+            name: {str(t): ceilings.rate(name, t) for t in (1, THREADS)} for name in PASSES
+        },
+        "bandwidth": Ceilings.bandwidth(),
+        "layers": {},
+    }
+    for layer, depthwise in [*((a, False) for a in LAYERS), *((a, True) for a in DEPTHWISE)]:
+        x, w, y, terms = shapes(layer, depthwise)
+        sizes = [4e-9 * math.prod(s) for s in (x, w, y)]
+        moved = {"forward": sum(sizes), "dx": sum(sizes) + sizes[0], "dw": sum(sizes) + sizes[1]}
+        passes, row = jax_passes(layer, True, depthwise), {}
+        for function in passes.values():
+            function()
+        for name, function in passes.items():
+            pairs = [(seconds_of(function), ceilings.rate(name)) for _ in range(repeats)]
+            bandwidth = Ceilings.bandwidth()
+            row[name] = {
+                "rate": statistics.median(terms / 1e9 / s for s, _ in pairs),
+                "share": statistics.median(
+                    max(terms / 1e9 / peak, moved[name] / bandwidth) / s for s, peak in pairs
+                ),
+                "by_memory": moved[name] / bandwidth > terms / 1e9 / pairs[0][1],
+            }
+        found["layers"][title(layer, depthwise)] = row
+    return found
+
+
+def torch_passes(layer) -> dict:
+    """Names of peers to functions: convolution in both layouts, cdist and broadcasting."""
+    import torch
+    from torch.nn import functional
+
+    (n, h, width, c_in), (size, _, _, c_out), y_shape, _ = shapes(layer)
+    stride, padding = (layer[6],) * 2, (size // 2,) * 2
+    found = {}
+    for name, layout in (
+        ("contiguous", torch.contiguous_format),
+        ("channels last", torch.channels_last),
+    ):
+        x = torch.randn(n, c_in, h, width).to(memory_format=layout)
+        w = torch.randn(c_out, c_in, size, size).to(memory_format=layout)
+        dy = torch.randn(n, c_out, *y_shape[1:3]).to(memory_format=layout)
+
+        def backward(mask, x=x, w=w, dy=dy):
+            return torch.ops.aten.convolution_backward(
+                dy, x, w, None, stride, padding, (1, 1), False, (0, 0), 1, mask
+            )
+
+        found[f"convolution, {name}"] = {
+            "forward": lambda x=x, w=w: functional.conv2d(x, w, None, stride, padding),
+            "dx": lambda f=backward: f((True, False, False)),
+            "dw": lambda f=backward: f((False, True, False)),
+        }
+    x, w = torch.randn(n, c_in, h, width), torch.randn(c_out, c_in * size * size)
+
+    def patches():
+        columns = functional.unfold(x, size, 1, padding, stride)
+        return columns.transpose(1, 2).reshape(-1, w.shape[1])
+
+    def broadcasting():
+        columns = patches()
+        # Filter by filter: all at once would take gigabytes.
+        return torch.stack([-(columns - f).abs().sum(1) for f in w], 1)
+
+    found["cdist"] = {"forward": lambda: -torch.cdist(patches(), w, p=1)}
+    found["broadcasting adder"] = {"forward": broadcasting}
+    return found
+
+
+def geometric_mean(values) -> float:
+    """Of positive numbers."""
+    values = list(values)
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def print_kernels(isa: str, found: dict) -> None:
+    """The tables of one instruction set."""
+    print(f"\n{isa}: ceilings in G terms/s; copy bandwidth {found['bandwidth']:.1f} GB/s")
+    for name, by_threads in found["threads"].items():
+        rates = ", ".join(f"{rate:.1f} on {threads}" for threads, rate in by_threads.items())
+        print(f"  {name:>8}: {rates} threads")
+    print(f"{'':>34}" + "".join(f"{name:>9} {'share':>6}  " for name in PASSES))
+    for layer, row in found["layers"].items():
+        cells = (
+            f"{row[n]['rate']:>9.1f} {row[n]['share']:>6.2f}{'m' if row[n]['by_memory'] else ' '} "
+            for n in PASSES
+        )
+        print(f"{layer:>34}" + "".join(cells))
+    plain = [row for layer, row in found["layers"].items() if "depthwise" not in layer]
+    for what, summary in (("geometric mean", geometric_mean), ("least", min)):
+        cells = (f"{'':>9} {summary(row[n]['share'] for row in plain):>6.2f}  " for n in PASSES)
+        print(f"{what + ' without depthwise':>34}" + "".join(cells))
+    print("m: the roof is the memory's")
+
+
+def main() -> None:
+    """Runs everything, or one instruction set for itself."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--peers", action="store_true", help="PyTorch too")
+    parser.add_argument("--json", help="file for all figures")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--isa", choices=FLAGS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.isa:
+        print(json.dumps(kernels(arguments.isa, arguments.repeats)))
+        return
+    import jax
+
+    print(f"{THREADS} cores, jax {jax.__version__}, medians of {arguments.repeats}")
+    result: dict = {"kernels": {}, "peers": {}}
+    for isa in FLAGS:
+        environment = dict(os.environ, PKKD_JAX_ADDER=isa, JAX_PLATFORMS="cpu", XLA_FLAGS="")
+        command = [sys.executable, __file__, "--isa", isa, "--repeats", str(arguments.repeats)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            print(f"\n{isa}: {done.stderr.strip().splitlines()[-1]}")
+            continue
+        result["kernels"][isa] = json.loads(done.stdout.splitlines()[-1])
+        print_kernels(isa, result["kernels"][isa])
+    best = next(iter(result["kernels"].values()))["layers"]
+    print(f"\nSeconds of the adder over those of others, {next(iter(result['kernels']))}")
+    if arguments.peers:
+        import torch
+
+        print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
+    for layer in LAYERS:
+        terms, name = shapes(layer)[3], title(layer)
+        others = {"XLA's convolution": jax_passes(layer, False)}
+        if arguments.peers:
+            others |= torch_passes(layer)
+        rates = {}
+        for other, passes in others.items():
+            rates[other] = {}
+            for which, function in passes.items():
+                function()
+                times = [seconds_of(function) for _ in range(1 + (terms < 4e8) * 2)]
+                rates[other][which] = terms / 1e9 / statistics.median(times)
+        result["peers"][name] = rates
+        print(name)
+        for other, by_pass in rates.items():
+            ours = sum(1 / best[name][p]["rate"] for p in by_pass)
+            ratio = ours / sum(1 / rate for rate in by_pass.values())
+            cells = "  ".join(f"{p} {rate:.1f}" for p, rate in by_pass.items())
+            print(f"{other:>30}: adder takes {ratio:.2f} of its time; its G terms/s: {cells}")
+    names = [title(layer) for layer in LAYERS if layer[5] == 3]
+    ratios = [
+        sum(1 / best[n][p]["rate"] for p in PASSES)
+        / sum(1 / result["peers"][n]["XLA's convolution"][p] for p in PASSES)
+        for n in names
+    ]
+    print(f"\nadder / XLA's convolution, forward + dx + dw, 3x3 layers: mean {sum(ratios) / len(ratios):.2f}, largest {max(ratios):.2f}")
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

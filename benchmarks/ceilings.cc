@@ -1,0 +1,82 @@
+// The most that one thread reaches with its data in registers and the L1 cache, compiled once an
+// instruction set: what the kernels are measured against.
+#include "../pkkd_jax/ops/native/vector.h"
+
+namespace {
+
+constexpr int kDepth = 144;  // terms that are summed into one response
+
+template <int kPixels, int kVectors, class Term>
+INLINE void sum(const float* x, const float* w, float* out, Term term) {
+  Vector total[kPixels][kVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < kPixels; ++m) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) total[m][v] = zero();
+  }
+  for (int k = 0; k < kDepth; ++k) {
+    Vector f[kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) f[v] = load(w + (k * kVectors + v) * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < kPixels; ++m) {
+      const Vector a = broadcast(x[k * kPixels + m]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVectors; ++v) total[m][v] = term(a, f[v], total[m][v], m, v);
+    }
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < kPixels; ++m) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) store(out + (m * kVectors + v) * kLanes, total[m][v]);
+  }
+}
+
+constexpr int kWide = kRegisters == 32 ? 12 : 4;
+constexpr int kProduct = kRegisters == 32 ? 12 : 6;
+constexpr int kInput = kRegisters == 32 ? 12 : 6;
+
+}  // namespace
+
+#define PUBLIC extern "C"
+
+// Each repeats its loop and returns the terms computed.
+PUBLIC double forward(long repeats, const float* x, const float* w, float* out) {
+  Vector one = broadcast(1.0f);
+  OPAQUE(one);
+  for (long i = 0; i < repeats; ++i) {
+    sum<kWide, 2>(x, w, out, [=](Vector a, Vector f, Vector total, int m, int v) {
+      if ((m * 2 + v) % 2) {
+        Vector d = mul_sub(a, one, f);
+        OPAQUE(d);
+        return add(total, abs(d));
+      }
+      return mul_add(abs(sub(a, f)), one, total);
+    });
+  }
+  return static_cast<double>(repeats) * kDepth * kWide * 2 * kLanes;
+}
+
+PUBLIC double product(long repeats, const float* x, const float* w, float* out) {
+  for (long i = 0; i < repeats; ++i) {
+    sum<kProduct, 2>(x, w, out, [](Vector a, Vector f, Vector total, int, int) {
+      return mul_add(a, f, total);
+    });
+  }
+  return static_cast<double>(repeats) * kDepth * kProduct * 2 * kLanes;
+}
+
+PUBLIC double input_gradient(long repeats, const float* dy, const float* w, float* out) {
+  Vector one = broadcast(1.0f);
+  OPAQUE(one);
+  for (long i = 0; i < repeats; ++i) {
+    Vector here[kInput];
+    for (int m = 0; m < kInput; ++m) here[m] = load(w + m * kLanes);
+    sum<kInput, 1>(dy, w, out, [&](Vector g, Vector f, Vector total, int m, int) {
+      Vector d = m % 2 ? mul_sub(f, one, here[m]) : sub(f, here[m]);
+      if (m % 2) OPAQUE(d);
+      return mul_add(g, clip(d, one), total);
+    });
+  }
+  return static_cast<double>(repeats) * kDepth * kInput * kLanes;
+}
