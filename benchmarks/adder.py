@@ -95,9 +95,10 @@ class Ceilings:
 
 
 def on_threads(work, items) -> float:
-    """1e9 of what `work` returns a second, summed over one thread an item, the median of five."""
+    """1e9 of what `work` returns a second, summed over one thread an item, the best of five."""
     rates = []
     for _ in range(5):
+        time.sleep(0.002)  # threads of XLA's pool spin for a while after their last task
         done: list[float] = []
         threads = [threading.Thread(target=lambda i=i: done.append(work(i))) for i in items]
         begin = time.perf_counter()
@@ -106,16 +107,18 @@ def on_threads(work, items) -> float:
         for thread in threads:
             thread.join()
         rates.append(sum(done) / (time.perf_counter() - begin) / 1e9)
-    return statistics.median(rates)
+    return max(rates)
 
 
 def seconds_of(function, least: float = 0.05) -> float:
-    """Seconds of one call, from as many as fill `least` seconds."""
-    begin, calls = time.perf_counter(), 0
-    while calls == 0 or time.perf_counter() - begin < least:
-        function()
-        calls += 1
-    return (time.perf_counter() - begin) / calls
+    """Seconds of one of the calls that `function(calls)` makes, from so many as fill `least` s."""
+    calls, seconds = 1, 0.0
+    while seconds < least:
+        begin = time.perf_counter()
+        function(calls)
+        seconds = time.perf_counter() - begin
+        calls = math.ceil(calls * min(10, 1.2 * least / seconds)) if seconds < least else calls
+    return seconds / calls
 
 
 def shapes(layer, depthwise=False):
@@ -135,7 +138,10 @@ def title(layer, depthwise=False) -> str:
 
 
 def jax_passes(layer, adder: bool, depthwise=False) -> dict:
-    """The three passes as functions that wait for their result."""
+    """The three passes as functions of the number of calls.
+
+    The calls are made within one program, which like a training step has its buffers mapped once.
+    """
     import jax
     from jax import lax
 
@@ -156,20 +162,30 @@ def jax_passes(layer, adder: bool, depthwise=False) -> dict:
             x, w, strides, "SAME", dimension_numbers=dimensions, feature_group_count=groups
         )
 
-    jitted = [
-        jax.jit(convolution),
-        jax.jit(lambda x, w, dy: jax.vjp(lambda x: convolution(x, w), x)[1](dy)[0]),
-        jax.jit(lambda x, w, dy: jax.vjp(lambda w: convolution(x, w), w)[1](dy)[0]),
-    ]
-    operands = [(x, w), (x, w, dy), (x, w, dy)]
-    return {
-        name: (lambda f=f, a=a: jax.block_until_ready(f(*a)))
-        for name, f, a in zip(PASSES, jitted, operands, strict=True)
+    passes = {
+        "forward": lambda x, w, dy: convolution(x, w),
+        "dx": lambda x, w, dy: jax.vjp(lambda x: convolution(x, w), x)[1](dy)[0],
+        "dw": lambda x, w, dy: jax.vjp(lambda w: convolution(x, w), w)[1](dy)[0],
     }
+
+    def repeated(one):
+        @jax.jit
+        def run(calls, x, w, dy):
+            def again(_, last):  # filters that depend on the last call: no call can be left out
+                return one(x, w + 1e-30 * last, dy)[(0,) * 4]
+
+            return lax.fori_loop(0, calls, again, 0.0)
+
+        return lambda calls: jax.block_until_ready(run(calls, x, w, dy))
+
+    return {name: repeated(one) for name, one in passes.items()}
 
 
 def kernels(isa: str, repeats: int) -> dict:
     """Ceilings and layers of one instruction set; to be run where PKKD_JAX_ADDER names it."""
+    from pkkd_jax.ops import adder
+
+    adder.implementation("cpu")  # raises where it cannot run
     ceilings = Ceilings(isa)
     found = {
         "threads": {
@@ -184,7 +200,7 @@ def kernels(isa: str, repeats: int) -> dict:
         moved = {"forward": sum(sizes), "dx": sum(sizes) + sizes[0], "dw": sum(sizes) + sizes[1]}
         passes, row = jax_passes(layer, True, depthwise), {}
         for function in passes.values():
-            function()
+            function(1)
         for name, function in passes.items():
             pairs = [(seconds_of(function), ceilings.rate(name)) for _ in range(repeats)]
             bandwidth = Ceilings.bandwidth()
@@ -200,7 +216,7 @@ def kernels(isa: str, repeats: int) -> dict:
 
 
 def torch_passes(layer) -> dict:
-    """Names of peers to functions: convolution in both layouts, cdist and broadcasting."""
+    """Names of peers to their passes: convolution in both layouts, cdist and broadcasting."""
     import torch
     from torch.nn import functional
 
@@ -238,7 +254,15 @@ def torch_passes(layer) -> dict:
 
     found["cdist"] = {"forward": lambda: -torch.cdist(patches(), w, p=1)}
     found["broadcasting adder"] = {"forward": broadcasting}
-    return found
+
+    def repeated(one):
+        def run(calls):
+            for _ in range(calls):
+                one()
+
+        return run
+
+    return {n: {p: repeated(f) for p, f in passes.items()} for n, passes in found.items()}
 
 
 def geometric_mean(values) -> float:
@@ -306,7 +330,7 @@ def main() -> None:
         for other, passes in others.items():
             rates[other] = {}
             for which, function in passes.items():
-                function()
+                function(1)
                 times = [seconds_of(function) for _ in range(1 + (terms < 4e8) * 2)]
                 rates[other][which] = terms / 1e9 / statistics.median(times)
         result["peers"][name] = rates
@@ -322,7 +346,10 @@ def main() -> None:
         / sum(1 / result["peers"][n]["XLA's convolution"][p] for p in PASSES)
         for n in names
     ]
-    print(f"\nadder / XLA's convolution, forward + dx + dw, 3x3 layers: mean {sum(ratios) / len(ratios):.2f}, largest {max(ratios):.2f}")
+    print(
+        "\nadder / XLA's convolution, forward + dx + dw, 3x3 layers:"
+        f" mean {statistics.mean(ratios):.2f}, largest {max(ratios):.2f}"
+    )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(result, indent=1))
 

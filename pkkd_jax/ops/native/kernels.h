@@ -56,35 +56,53 @@ inline void cut(Plan* plan, int64_t n, int64_t rows, int64_t row_bytes, int64_t 
 
 // ---- the copy
 
+// Taps `dilation` apart, at every place that is a multiple of `stride`.
+struct Steps {
+  int64_t stride, taps, dilation;
+  int64_t extent() const { return (taps - 1) * dilation + 1; }
+  bool reads(int64_t place) const {
+    for (int64_t tap = 0; tap < min(taps, stride); ++tap) {
+      if ((place - tap * dilation) % stride == 0) return true;
+    }
+    return false;
+  }
+};
+
 // A window of NHWC images: `rows` from `top`, columns from `left`, zero where it leaves the image.
 struct Window {
   const float* image;
   int64_t height, width, channels;  // of the image
-  int64_t top, rows, left, columns, phases;
-  int64_t pitch() const { return ceil_div(columns, phases); }  // columns of one phase
-  int64_t pixels() const { return rows * pitch() * phases; }
+  int64_t top, rows, left, columns;
+  Steps down, across;  // what is read of the rows and columns
+  int64_t pitch() const { return ceil_div(columns, across.stride); }  // columns of one phase
+  int64_t pixels() const { return rows * pitch() * across.stride; }
 };
 
-// Copies `count` channels from `first` on, a pixel every `width` floats, the rest of them zero.
-inline void copy_block(const Window& window, int64_t first, int64_t count, int64_t width,
-                       float* to) {
-  const int64_t pitch = window.pitch();
-  for (int64_t row = 0; row < window.rows; ++row) {
+// Copies `channels` from `first` on, in blocks that are `block_stride` apart, the last filled up with
+// zeros.
+inline void copy_blocks(const Window& window, int64_t first, int64_t channels,
+                        int64_t block_stride, float* to) {
+  const int64_t pitch = window.pitch(), stride = window.across.stride;
+  for (int64_t row = 0; row < window.rows; ++row, to += pitch * stride * kBlock) {
+    if (!window.down.reads(row)) continue;
     const int64_t source = window.top + row;
     const bool inside = source >= 0 && source < window.height;
     const float* from = window.image + source * window.width * window.channels + first;
-    for (int64_t phase = 0; phase < window.phases; ++phase) {
-      for (int64_t q = 0; q < pitch; ++q, to += width) {
-        const int64_t column = window.left + q * window.phases + phase;
-        if (!inside || column < 0 || column >= window.width) {
-          for (int64_t i = 0; i < width; i += kLanes) store(to + i, zero());
-          continue;
-        }
+    for (int64_t phase = 0; phase < stride; ++phase) {
+      if (!window.across.reads(phase)) continue;
+      float* pixel_to = to + phase * pitch * kBlock;
+      for (int64_t q = 0; q < pitch; ++q, pixel_to += kBlock) {
+        const int64_t column = window.left + q * stride + phase;
+        const bool zeros = !inside || column < 0 || column >= window.width;
         const float* pixel = from + column * window.channels;
-        for (int64_t i = 0; i < width; i += kLanes) {
-          store(to + i, i + kLanes <= count ? load(pixel + i)
-                        : i < count         ? load_some(pixel + i, static_cast<int>(count - i))
-                                            : zero());
+        float* p = pixel_to;
+        for (int64_t start = 0; start < channels; start += kBlock, p += block_stride) {
+          for (int64_t i = 0; i < kBlock; i += kLanes) {
+            const int64_t left = channels - start - i;
+            store(p + i, zeros || left <= 0 ? zero()
+                         : left >= kLanes   ? load(pixel + start + i)
+                                            : load_some(pixel + start + i, static_cast<int>(left)));
+          }
         }
       }
     }
@@ -105,9 +123,9 @@ inline void copy_spread(const Window& window, int64_t lane, int64_t total, int64
     const int64_t source = window.top + row;
     const bool inside = source >= 0 && source < window.height;
     const float* from = window.image + source * window.width * window.channels;
-    for (int64_t phase = 0; phase < window.phases; ++phase) {
+    for (int64_t phase = 0; phase < window.across.stride; ++phase) {
       for (int64_t q = 0; q < pitch; ++q, to += width) {
-        const int64_t column = window.left + q * window.phases + phase;
+        const int64_t column = window.left + q * window.across.stride + phase;
         const bool zeros = !inside || column < 0 || column >= window.width;
         const float* pixel = from + column * window.channels;
         if (plain && !zeros && valid == width) {
@@ -232,18 +250,27 @@ void forward_row(const ForwardTile& t, int64_t width, const float* x, float* y) 
   });
 }
 
-inline int64_t extent(int64_t taps, int64_t dilation) { return (taps - 1) * dilation + 1; }
+INLINE Steps down(const Shape& s) { return {s.sh, s.kh, s.dh}; }
+INLINE Steps across(const Shape& s) { return {s.sw, s.kw, s.dw}; }
+
+// What the responses of `rows` rows from `first` on see of the images.
+inline Window seen_by(const Shape& s, int64_t first, int64_t rows) {
+  return {nullptr, s.h, s.w, s.ci,
+          first * s.sh - s.top, (rows - 1) * s.sh + down(s).extent(),
+          -s.left, (s.wo - 1) * s.sw + across(s).extent(),
+          down(s), across(s)};
+}
 
 inline Plan plan_forward(const Job& job) {
   const Shape& s = job.shape;
   const Division d = divide(s, s.ci / s.groups, s.co / s.groups);
   Plan plan = {};
   const int64_t width = d.spread ? kPanel : kBlock;
-  const int64_t columns = ceil_div((s.wo - 1) * s.sw + extent(s.kw, s.dw), s.sw) * s.sw;
+  const int64_t columns = ceil_div((s.wo - 1) * s.sw + across(s).extent(), s.sw) * s.sw;
   const int64_t row_floats = columns * width * d.blocks;
   const int64_t bytes = row_floats * static_cast<int64_t>(sizeof(float));
-  cut(&plan, s.n, s.ho, bytes * s.sh, bytes * max(0, extent(s.kh, s.dh) - s.sh), job.threads);
-  const int64_t rows = (plan.rows - 1) * s.sh + extent(s.kh, s.dh);
+  cut(&plan, s.n, s.ho, bytes * s.sh, bytes * max(0, down(s).extent() - s.sh), job.threads);
+  const int64_t rows = (plan.rows - 1) * s.sh + down(s).extent();
   plan.scratch = plan.images * rows * row_floats;
   plan.shared = d.groups * s.kh * s.kw * d.channels * packed_filters(d);
   const int64_t panel_bytes = s.kh * s.kw * d.block * kPanel * static_cast<int64_t>(sizeof(float));
@@ -282,9 +309,7 @@ void forward_unit(const Job& job, const Plan& plan, const Division& d, int64_t u
   const int64_t images = min(plan.images, s.n - first_image);
   const int64_t first_row = unit % plan.strips * plan.rows;
   const int64_t rows = min(plan.rows, s.ho - first_row);
-  Window window = {nullptr, s.h, s.w, s.ci, first_row * s.sh - s.top,
-                   (rows - 1) * s.sh + extent(s.kh, s.dh), -s.left,
-                   (s.wo - 1) * s.sw + extent(s.kw, s.dw), s.sw};
+  Window window = seen_by(s, first_row, rows);
   const int64_t pitch = window.pitch(), taps = s.kh * s.kw;
   int64_t offsets[256];
 
@@ -341,12 +366,10 @@ void forward_unit(const Job& job, const Plan& plan, const Division& d, int64_t u
     return;
   }
   for (int64_t group = 0; group < d.groups; ++group) {
-    for (int64_t block = 0; block < d.blocks; ++block) {
-      const int64_t count = min(kBlock, d.channels - block * kBlock);
-      for (int64_t i = 0; i < images; ++i) {
-        copy_block(image_at(i), group * d.channels + block * kBlock, count, kBlock,
-                   scratch + (block * plan.images + i) * window.pixels() * kBlock);
-      }
+    const int64_t image_stride = window.pixels() * kBlock;
+    for (int64_t i = 0; i < images; ++i) {
+      copy_blocks(image_at(i), group * d.channels, d.channels, plan.images * image_stride,
+                  scratch + i * image_stride);
     }
     for (int64_t block = 0; block < d.blocks; block += plan.slice) {
       for (int64_t start = 0; start < d.filters; start += kPanel) {
@@ -387,7 +410,9 @@ void input_tile(const InputTile& t, const float* dy, const float* x, float* dx) 
 #pragma GCC unroll 12
   for (int m = 0; m < kPixels; ++m) {
     sum[m] = t.first ? zero() : load_lanes(dx + m * t.stride, lanes);
-    here[m] = kBody == kProduct ? zero() : load_lanes(x + m * t.stride, lanes);
+    here[m] = kBody == kProduct || t.num_taps == 0 ? zero() : load_lanes(x + m * t.stride, lanes);
+    __builtin_prefetch(x + (m + kPixels) * t.stride);
+    __builtin_prefetch(dx + (m + kPixels) * t.stride, 1);
   }
   const float* panel = t.panel;
   for (int64_t left = t.filters; left > 0; left -= kIsSpread ? 1 : kBlock) {
@@ -439,7 +464,7 @@ void input_row(const InputTile& t, int64_t width, const float* dy, const float* 
 
 // The rows of dy that the input's rows from `first` to before `last` see, and all its columns.
 inline Window seen(const Shape& s, int64_t first, int64_t last) {
-  Window window = {nullptr, s.ho, s.wo, s.co, 0, 0, 0, 0, 1};
+  Window window = {nullptr, s.ho, s.wo, s.co, 0, 0, 0, 0, {1, 1, 1}, {1, 1, 1}};
   window.top = floor_div(first + s.top - (s.kh - 1) * s.dh, s.sh);
   window.rows = floor_div(last - 1 + s.top, s.sh) + 1 - window.top;
   window.left = floor_div(s.left - (s.kw - 1) * s.dw, s.sw);
@@ -454,9 +479,9 @@ inline Plan plan_input(const Job& job) {
   const int64_t width = d.spread ? kLanes : kBlock;
   const int64_t row_floats = seen(s, 0, 1).columns * width * d.blocks;
   const int64_t bytes = row_floats * static_cast<int64_t>(sizeof(float));
-  cut(&plan, s.n, s.h, ceil_div(bytes, s.sh), bytes * ceil_div(extent(s.kh, s.dh), s.sh),
+  cut(&plan, s.n, s.h, ceil_div(bytes, s.sh), bytes * ceil_div(down(s).extent(), s.sh),
       job.threads);
-  plan.scratch = plan.images * (ceil_div(plan.rows + extent(s.kh, s.dh), s.sh) + 2) * row_floats;
+  plan.scratch = plan.images * (ceil_div(plan.rows + down(s).extent(), s.sh) + 2) * row_floats;
   const int64_t panels = ceil_div(d.filters, kLanes);
   plan.shared = d.groups * panels * kLanes * s.kh * s.kw * d.channels;
   const int64_t panel_bytes = s.kh * s.kw * d.block * kLanes * static_cast<int64_t>(sizeof(float));
@@ -507,7 +532,8 @@ void input_unit(const Job& job, const Plan& plan, const Division& d, int64_t uni
     window.image = job.dy + (first_image + i) * s.ho * s.wo * s.co;
     return window;
   };
-  auto panel = [&](int64_t group, int64_t start, int64_t first_block, int64_t blocks) {
+  auto panel = [&](int64_t group, int64_t start, int64_t first_block, int64_t blocks,
+                   int64_t from_row, int64_t to_row, int64_t from_column, int64_t to_column) {
     InputTile t;
     t.taps = taps;
     t.in_panel = in_panel;
@@ -520,7 +546,7 @@ void input_unit(const Job& job, const Plan& plan, const Division& d, int64_t uni
     t.stride = s.sw * s.ci;
     t.lanes = min(kLanes, d.filters - start);
     t.first = first_block == 0;
-    for (int64_t row = first_row; row < last_row; ++row) {
+    for (int64_t row = from_row; row < to_row; ++row) {
       for (int64_t phase = 0; phase < min(s.sw, s.w); ++phase) {
         t.num_taps = 0;
         for (int64_t tap = 0; tap < all_taps; ++tap) {
@@ -532,10 +558,11 @@ void input_unit(const Job& job, const Plan& plan, const Division& d, int64_t uni
           in_panel[t.num_taps++] = tap;
         }
         for (int64_t i = 0; i < images; ++i) {
-          const int64_t place = (((first_image + i) * s.h + row) * s.w + phase) * s.ci +
-                                group * d.filters + start;
+          const int64_t pixel = ((first_image + i) * s.h + row) * s.w + phase + from_column * s.sw;
+          const int64_t place = pixel * s.ci + group * d.filters + start;
           const float* dy = scratch + first_block * t.block_stride + i * image_stride;
-          input_row<kBody, kIsSpread>(t, ceil_div(s.w - phase, s.sw), dy, job.x + place,
+          const int64_t columns = min(to_column, ceil_div(s.w - phase, s.sw)) - from_column;
+          input_row<kBody, kIsSpread>(t, columns, dy + from_column * width, job.x + place,
                                       job.out + place);
         }
       }
@@ -550,21 +577,27 @@ void input_unit(const Job& job, const Plan& plan, const Division& d, int64_t uni
                       scratch + (o * plan.images + i) * image_stride);
         }
       }
-      panel(0, start, 0, d.blocks);
+      panel(0, start, 0, d.blocks, first_row, last_row, 0, s.w);
     }
     return;
   }
   for (int64_t group = 0; group < d.groups; ++group) {
-    for (int64_t block = 0; block < d.blocks; ++block) {
-      const int64_t count = min(kBlock, d.channels - block * kBlock);
-      for (int64_t i = 0; i < images; ++i) {
-        copy_block(image_at(i), group * d.channels + block * kBlock, count, kBlock,
-                   scratch + (block * plan.images + i) * image_stride);
-      }
+    for (int64_t i = 0; i < images; ++i) {
+      copy_blocks(image_at(i), group * d.channels, d.channels, plan.images * image_stride,
+                  scratch + i * image_stride);
     }
+    // A panel for all pixels keeps its filters in the cache. Those of a single tap are few: there a
+    // tile for all panels reads the image in order.
+    const int64_t rows = all_taps == 1 ? 1 : last_row - first_row;
+    const int64_t columns = ceil_div(s.w, s.sw), most = all_taps == 1 ? kInput : columns;
     for (int64_t block = 0; block < d.blocks; block += plan.slice) {
-      for (int64_t start = 0; start < d.filters; start += kLanes) {
-        panel(group, start, block, min(plan.slice, d.blocks - block));
+      for (int64_t row = first_row; row < last_row; row += rows) {
+        pieces(columns, most, [&](int64_t column, int64_t count) {
+          for (int64_t start = 0; start < d.filters; start += kLanes) {
+            panel(group, start, block, min(plan.slice, d.blocks - block), row, row + rows, column,
+                  column + count);
+          }
+        });
       }
     }
   }
@@ -670,12 +703,17 @@ inline Plan plan_weight(const Job& job) {
   const Shape& s = job.shape;
   const Division d = divide(s, s.ci / s.groups, s.co / s.groups);
   Plan plan = {};
-  const int64_t parts = d.spread ? ceil_div(d.filters, kLanes) : d.groups * d.blocks;
+  // As many blocks in a part as the cache holds sums of: they share what is read of dy.
+  const int64_t sums = s.kh * s.kw * kBlock * d.filters * static_cast<int64_t>(sizeof(float));
+  plan.slice = max(1, min(d.blocks, kL2Budget / sums));
+  plan.slice = ceil_div(d.blocks, ceil_div(d.blocks, plan.slice));
+  const int64_t parts =
+      d.spread ? ceil_div(d.filters, kLanes) : d.groups * ceil_div(d.blocks, plan.slice);
   plan.chunks = job.threads == 1 ? 1 : max(1, min(s.n, ceil_div(8 * job.threads, parts)));
   const int64_t size = s.kh * s.kw * d.channels * s.co;
   plan.shared = plan.chunks * (size + s.co) - size;  // the first chunk sums into the result
   const int64_t width = d.spread ? kLanes : kBlock;
-  const int64_t columns = ceil_div((s.wo - 1) * s.sw + extent(s.kw, s.dw), s.sw) * s.sw;
+  const int64_t columns = ceil_div((s.wo - 1) * s.sw + across(s).extent(), s.sw) * s.sw;
   const int64_t size_of = static_cast<int64_t>(sizeof(float));
   const int64_t row_bytes = (columns * width * s.sh + s.wo * min(d.filters, kPanel)) * size_of;
   plan.rows = min(s.ho, max(ceil_div(128, s.wo), kL1Budget / row_bytes));
@@ -683,7 +721,7 @@ inline Plan plan_weight(const Job& job) {
   plan.rows = ceil_div(s.ho, plan.strips);
   plan.images = plan.strips > 1 ? 1 : max(1, min(s.n, kL1Budget / (row_bytes * s.ho)));
   plan.scratch = plan.images * columns * width *
-                 ((plan.rows - 1) * s.sh + extent(s.kh, s.dh)) * (d.spread ? d.channels : 1);
+                 ((plan.rows - 1) * s.sh + down(s).extent()) * (d.spread ? d.channels : plan.slice);
   plan.units[0] = plan.chunks * parts;
   plan.units[1] = s.kh * s.kw * d.channels;
   return plan;
@@ -698,10 +736,11 @@ void weight_unit(const Job& job, const Plan& plan, const Division& d, int64_t un
   const int64_t width = kIsSpread ? kLanes : kBlock;
   float* sums = chunk ? job.shared + plan.chunks * s.co + (chunk - 1) * size : job.out;
   float* totals = job.shared + chunk * s.co;
-  // Spread: all channels of some filters; else a block of channels and all filters of its group.
-  const int64_t group = kIsSpread ? 0 : part / d.blocks;
-  const int64_t first_channel = kIsSpread ? 0 : part % d.blocks * kBlock;
-  const int64_t channels = kIsSpread ? d.channels : min(kBlock, d.channels - first_channel);
+  // Spread: all channels of some filters; else some blocks of channels and all filters of a group.
+  const int64_t slices = ceil_div(d.blocks, plan.slice), most = plan.slice * kBlock;
+  const int64_t group = kIsSpread ? 0 : part / slices;
+  const int64_t first_channel = kIsSpread ? 0 : part % slices * most;
+  const int64_t channels = kIsSpread ? d.channels : min(most, d.channels - first_channel);
   const int64_t first_filter = kIsSpread ? part * kLanes : group * d.filters;
   const int64_t filters = kIsSpread ? min(kLanes, d.filters - first_filter) : d.filters;
 
@@ -719,9 +758,7 @@ void weight_unit(const Job& job, const Plan& plan, const Division& d, int64_t un
     const int64_t images = min(plan.images, last_image - image);
     for (int64_t first_row = 0; first_row < s.ho; first_row += plan.rows) {
       const int64_t rows = min(plan.rows, s.ho - first_row);
-      Window window = {nullptr, s.h, s.w, s.ci, first_row * s.sh - s.top,
-                       (rows - 1) * s.sh + extent(s.kh, s.dh), -s.left,
-                       (s.wo - 1) * s.sw + extent(s.kw, s.dw), s.sw};
+      Window window = seen_by(s, first_row, rows);
       const int64_t pitch = window.pitch(), copied = window.pixels() * width;
       for (int64_t i = 0; i < images; ++i) {
         window.image = job.x + (image + i) * s.h * s.w * s.ci;
@@ -731,8 +768,8 @@ void weight_unit(const Job& job, const Plan& plan, const Division& d, int64_t un
                         scratch + (c * images + i) * copied);
           }
         } else {
-          copy_block(window, group * d.channels + first_channel, channels, width,
-                     scratch + i * copied);
+          copy_blocks(window, group * d.channels + first_channel, channels, images * copied,
+                      scratch + i * copied);
         }
       }
       const float* dy = job.dy + ((image * s.ho + first_row) * s.wo) * s.co + first_filter;
@@ -781,14 +818,16 @@ void weight_unit(const Job& job, const Plan& plan, const Division& d, int64_t un
       t.out_row = s.co;
       for (int64_t o = 0; o < filters; o += kPanel) {
         t.lanes = min(kPanel, filters - o);
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          float* out = sums + (tap * d.channels + first_channel) * s.co + first_filter + o;
-          const float* x = scratch + offset(tap);
-          (t.lanes == kPanel   ? weight_rows<kIsSpread, true, 2, kChannelsWide>
-           : t.lanes > kLanes  ? weight_rows<kIsSpread, false, 2, kChannelsWide>
-           : t.lanes == kLanes ? weight_rows<kIsSpread, true, 1, kChannelsNarrow>
-                               : weight_rows<kIsSpread, false, 1, kChannelsNarrow>)(
-              t, channels, x, dy + o, out);
+        for (int64_t c = 0; c < channels; c += kBlock) {
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            float* out = sums + (tap * d.channels + first_channel + c) * s.co + first_filter + o;
+            const float* x = scratch + c / kBlock * images * copied + offset(tap);
+            (t.lanes == kPanel   ? weight_rows<kIsSpread, true, 2, kChannelsWide>
+             : t.lanes > kLanes  ? weight_rows<kIsSpread, false, 2, kChannelsWide>
+             : t.lanes == kLanes ? weight_rows<kIsSpread, true, 1, kChannelsNarrow>
+                                 : weight_rows<kIsSpread, false, 1, kChannelsNarrow>)(
+                t, min(kBlock, channels - c), x, dy + o, out);
+          }
         }
       }
     }
