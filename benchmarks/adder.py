@@ -100,7 +100,7 @@ def on_threads(work, items) -> float:
     for _ in range(5):
         time.sleep(0.002)  # threads of XLA's pool spin for a while after their last task
         done: list[float] = []
-        threads = [threading.Thread(target=lambda i=i: done.append(work(i))) for i in items]
+        threads = [threading.Thread(target=lambda i=i, d=done: d.append(work(i))) for i in items]
         begin = time.perf_counter()
         for thread in threads:
             thread.start()

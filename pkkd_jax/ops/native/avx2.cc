@@ -1,3 +1,3 @@
 #include "kernels.h"
 
-extern const Kernels kAvx2 = KERNELS("avx2");
+extern const Kernels kAvx2 = OPERATIONS("avx2");

@@ -1,3 +1,3 @@
 #include "kernels.h"
 
-extern const Kernels kAvx512 = KERNELS("avx512");
+extern const Kernels kAvx512 = OPERATIONS("avx512");

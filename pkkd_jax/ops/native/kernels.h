@@ -864,7 +864,7 @@ inline void run_weight(const Job& job, const Plan& plan, int phase, int64_t unit
   (d.spread ? weight_unit<true> : weight_unit<false>)(job, plan, d, unit, scratch);
 }
 
-#define KERNELS(name)                                                       \
+#define OPERATIONS(name)                                                    \
   {name, {plan_forward, run_forward}, {plan_input, run_input}, {plan_weight, run_weight}}
 
 }  // namespace

@@ -1,3 +1,3 @@
 #include "kernels.h"
 
-extern const Kernels kNeon = KERNELS("neon");
+extern const Kernels kNeon = OPERATIONS("neon");

@@ -78,14 +78,14 @@ INLINE Vector broadcast(float a) { return vdupq_n_f32(a); }
 INLINE Vector load(const float* p) { return vld1q_f32(p); }
 INLINE void store(float* p, Vector a) { vst1q_f32(p, a); }
 INLINE Vector load_some(const float* p, int n) {
-  float lanes[4] = {0, 0, 0, 0};
-  memcpy(lanes, p, sizeof(float) * static_cast<size_t>(n));
+  float lanes[kLanes] = {};
+  for (int i = 0; i < n && i < kLanes; ++i) lanes[i] = p[i];
   return load(lanes);
 }
 INLINE void store_some(float* p, Vector a, int n) {
-  float lanes[4];
+  float lanes[kLanes];
   store(lanes, a);
-  memcpy(p, lanes, sizeof(float) * static_cast<size_t>(n));
+  for (int i = 0; i < n && i < kLanes; ++i) p[i] = lanes[i];
 }
 INLINE Vector add(Vector a, Vector b) { return vaddq_f32(a, b); }
 INLINE Vector sub(Vector a, Vector b) { return vsubq_f32(a, b); }
