@@ -4,3 +4,41 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+
+import jax
+import pytest
+
+from pkkd_jax.names import UserError
+from pkkd_jax.ops import cpu, primitive
+
+
+def implementations() -> list[str]:
+    """What can be forced on this machine."""
+    found = []
+    for name in (*cpu.NATIVE, "portable"):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(cpu.VARIABLE, name)
+            cpu.selected.cache_clear()
+            try:
+                found.append(cpu.selected())
+            except UserError:
+                continue
+    cpu.selected.cache_clear()
+    return found
+
+
+@pytest.fixture
+def implementation(request, monkeypatch):
+    """Forces one of `implementations`, for programs compiled in the test."""
+
+    def forget():
+        cpu.selected.cache_clear()
+        primitive.compiled.cache_clear()
+        jax.clear_caches()
+
+    monkeypatch.setenv(cpu.VARIABLE, request.param)
+    forget()
+    yield request.param
+    monkeypatch.undo()
+    forget()
+    cpu.selected()

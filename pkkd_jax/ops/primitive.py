@@ -69,13 +69,14 @@ def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 @functools.cache
-def _compiled(primitive, parameters):
+def compiled(primitive: Primitive, parameters: tuple) -> Callable:
+    """A primitive bound to its parameters, for calls outside of any program."""
     return jax.jit(functools.partial(primitive.bind, **dict(parameters)))
 
 
 def _evaluate(primitive, *operands, **parameters):
     with jax.disable_jit(False):  # under disable_jit the call would come back here for ever
-        return _compiled(primitive, tuple(parameters.items()))(*operands)
+        return compiled(primitive, tuple(parameters.items()))(*operands)
 
 
 def _batch(primitive, filters: int, operands, axes, *, geometry, **parameters):
