@@ -53,7 +53,8 @@ DEPTHWISE = [
 ]
 PASSES = ("forward", "dx", "dw")
 CEILINGS = {"forward": "forward", "dx": "input_gradient", "dw": "product"}
-THREADS = os.cpu_count() or 1
+CPUS = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+THREADS = len(CPUS) or os.cpu_count() or 1
 
 
 class Ceilings:
@@ -72,7 +73,7 @@ class Ceilings:
             function.restype = ctypes.c_double
             function.argtypes = [ctypes.c_long, *[ctypes.c_void_p] * 3]
 
-    def rate(self, which: str, threads: int = THREADS) -> float:
+    def rate(self, which: str, threads: int) -> float:
         """G terms a second of all threads together."""
         function = getattr(self.library, CEILINGS[which])
         buffers = [np.random.randn(3, 1 << 13).astype(np.float32) for _ in range(threads)]
@@ -83,12 +84,12 @@ class Ceilings:
         return on_threads(work, buffers)
 
     @staticmethod
-    def bandwidth() -> float:
+    def bandwidth(threads: int) -> float:
         """GB a second, read and written, of copies far larger than the caches."""
-        pairs = [(np.ones(1 << 24, np.float32), np.ones(1 << 24, np.float32))] * THREADS
+        pairs = [np.ones((2, 1 << 24), np.float32) for _ in range(threads)]
 
         def work(pair):
-            np.copyto(*pair)
+            np.copyto(pair[0], pair[1])
             return 2.0 * pair[0].nbytes
 
         return on_threads(work, pairs)
@@ -182,16 +183,17 @@ def jax_passes(layer, adder: bool, depthwise=False) -> dict:
 
 
 def kernels(isa: str, repeats: int) -> dict:
-    """Ceilings and layers of one instruction set; to be run where PKKD_JAX_ADDER names it."""
+    """Ceilings and layers of one instruction set, which PKKD_JAX_ADDER must name."""
     from pkkd_jax.ops import adder
 
     adder.implementation("cpu")  # raises where it cannot run
     ceilings = Ceilings(isa)
+    threads = len(os.sched_getaffinity(0)) if CPUS else THREADS
     found = {
         "threads": {
-            name: {str(t): ceilings.rate(name, t) for t in (1, THREADS)} for name in PASSES
+            name: {str(t): ceilings.rate(name, t) for t in sorted({1, threads})} for name in PASSES
         },
-        "bandwidth": Ceilings.bandwidth(),
+        "bandwidth": Ceilings.bandwidth(threads),
         "layers": {},
     }
     for layer, depthwise in [*((a, False) for a in LAYERS), *((a, True) for a in DEPTHWISE)]:
@@ -202,8 +204,8 @@ def kernels(isa: str, repeats: int) -> dict:
         for function in passes.values():
             function(1)
         for name, function in passes.items():
-            pairs = [(seconds_of(function), ceilings.rate(name)) for _ in range(repeats)]
-            bandwidth = Ceilings.bandwidth()
+            pairs = [(seconds_of(function), ceilings.rate(name, threads)) for _ in range(repeats)]
+            bandwidth = Ceilings.bandwidth(threads)
             row[name] = {
                 "rate": statistics.median(terms / 1e9 / s for s, _ in pairs),
                 "share": statistics.median(
@@ -213,6 +215,30 @@ def kernels(isa: str, repeats: int) -> dict:
             }
         found["layers"][title(layer, depthwise)] = row
     return found
+
+
+def in_process(isa: str, repeats: int, cpus: int = THREADS) -> dict:
+    """`kernels` in a new process on the first `cpus` processors; raises RuntimeError."""
+    environment = dict(os.environ, PKKD_JAX_ADDER=isa, JAX_PLATFORMS="cpu", XLA_FLAGS="")
+    command = [sys.executable, __file__, "--isa", isa, "--repeats", str(repeats)]
+    done = subprocess.run(
+        [*command, "--cpus", str(cpus)], env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def print_scaling(one: dict, all_cpus: dict) -> None:
+    """How much faster all threads are than one, over the layers that are not depthwise."""
+    print(f"\n{THREADS} threads over one:")
+    for which in PASSES:
+        ratios = [
+            all_cpus["layers"][layer][which]["rate"] / row[which]["rate"]
+            for layer, row in one["layers"].items()
+            if "depthwise" not in layer
+        ]
+        print(f"  {which:>8}: {geometric_mean(ratios):.2f}, least {min(ratios):.2f}")
 
 
 def torch_passes(layer) -> dict:
@@ -298,8 +324,11 @@ def main() -> None:
     parser.add_argument("--json", help="file for all figures")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--isa", choices=FLAGS, help=argparse.SUPPRESS)
+    parser.add_argument("--cpus", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.isa:
+        if CPUS:
+            os.sched_setaffinity(0, CPUS[: arguments.cpus])
         print(json.dumps(kernels(arguments.isa, arguments.repeats)))
         return
     import jax
@@ -307,16 +336,18 @@ def main() -> None:
     print(f"{THREADS} cores, jax {jax.__version__}, medians of {arguments.repeats}")
     result: dict = {"kernels": {}, "peers": {}}
     for isa in FLAGS:
-        environment = dict(os.environ, PKKD_JAX_ADDER=isa, JAX_PLATFORMS="cpu", XLA_FLAGS="")
-        command = [sys.executable, __file__, "--isa", isa, "--repeats", str(arguments.repeats)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            print(f"\n{isa}: {done.stderr.strip().splitlines()[-1]}")
+        try:
+            result["kernels"][isa] = in_process(isa, arguments.repeats)
+        except RuntimeError as error:
+            print(f"\n{isa}: {error}")
             continue
-        result["kernels"][isa] = json.loads(done.stdout.splitlines()[-1])
         print_kernels(isa, result["kernels"][isa])
-    best = next(iter(result["kernels"].values()))["layers"]
-    print(f"\nSeconds of the adder over those of others, {next(iter(result['kernels']))}")
+    isa, found = next(iter(result["kernels"].items()))
+    if CPUS:  # or a process cannot be kept to some
+        result["one_thread"] = in_process(isa, arguments.repeats, 1)
+        print_scaling(result["one_thread"], found)
+    best = found["layers"]
+    print(f"\nSeconds of the adder over those of others, {isa}")
     if arguments.peers:
         import torch
 

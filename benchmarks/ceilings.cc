@@ -9,25 +9,25 @@ constexpr int kDepth = 144;  // terms that are summed into one response
 template <int kPixels, int kVectors, class Term>
 INLINE void sum(const float* x, const float* w, float* out, Term term) {
   Vector total[kPixels][kVectors];
-#pragma GCC unroll 16
+UNROLL
   for (int m = 0; m < kPixels; ++m) {
-#pragma GCC unroll 2
+UNROLL
     for (int v = 0; v < kVectors; ++v) total[m][v] = zero();
   }
   for (int k = 0; k < kDepth; ++k) {
     Vector f[kVectors];
-#pragma GCC unroll 2
+UNROLL
     for (int v = 0; v < kVectors; ++v) f[v] = load(w + (k * kVectors + v) * kLanes);
-#pragma GCC unroll 16
+UNROLL
     for (int m = 0; m < kPixels; ++m) {
       const Vector a = broadcast(x[k * kPixels + m]);
-#pragma GCC unroll 2
+UNROLL
       for (int v = 0; v < kVectors; ++v) total[m][v] = term(a, f[v], total[m][v], m, v);
     }
   }
-#pragma GCC unroll 16
+UNROLL
   for (int m = 0; m < kPixels; ++m) {
-#pragma GCC unroll 2
+UNROLL
     for (int v = 0; v < kVectors; ++v) store(out + (m * kVectors + v) * kLanes, total[m][v]);
   }
 }

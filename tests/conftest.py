@@ -27,18 +27,18 @@ def implementations() -> list[str]:
     return found
 
 
-@pytest.fixture
-def implementation(request, monkeypatch):
-    """Forces one of `implementations`, for programs compiled in the test."""
+@pytest.fixture(scope="module")
+def implementation(request):
+    """Forces one of `implementations`, for programs compiled in the tests."""
 
     def forget():
         cpu.selected.cache_clear()
         primitive.compiled.cache_clear()
         jax.clear_caches()
 
-    monkeypatch.setenv(cpu.VARIABLE, request.param)
-    forget()
-    yield request.param
-    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu.VARIABLE, request.param)
+        forget()
+        yield request.param
     forget()
     cpu.selected()

@@ -120,7 +120,7 @@ def test_taps_are_raw_outputs_in_forward_order(name, depth, shape):
     images = jax.ShapeDtypeStruct(shape, jnp.float32)
     variables = trace(name, depth, shape, "conv")[1]
     jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images).jaxpr
-    produced = [e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "conv_general_dilated"]
+    produced = [e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "conv_forward"]
     # Outputs are flattened as (logits, *features), the last of which is `penultimate`.
     assert produced == list(jaxpr.outvars[1:-1])
 
@@ -186,9 +186,9 @@ def test_strided_convolutions_pad_both_sides_as_torch_does():
     images = jax.ShapeDtypeStruct(IMAGENET, jnp.float32)
     jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images).jaxpr
     strided = [
-        (eqn.invars[1].aval.shape[0], *eqn.params["padding"])
+        (eqn.invars[1].aval.shape[0], *eqn.params["geometry"].padding)
         for eqn in jaxpr.eqns
-        if eqn.params.get("window_strides") == (2, 2) and "rhs_dilation" in eqn.params
+        if eqn.primitive.name == "conv_forward" and eqn.params["geometry"].strides == (2, 2)
     ]
     stage = [(3, (1, 1), (1, 1)), (1, (0, 0), (0, 0))]
     assert strided == [(7, (3, 3), (3, 3)), *stage * 3]

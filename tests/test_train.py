@@ -16,6 +16,7 @@ from PIL import Image
 from pkkd_jax import checkpoint, evaluate, experiment, main, metrics, train, update
 from pkkd_jax.analysis import curves
 from pkkd_jax.names import UserError
+from pkkd_jax.ops import cpu
 
 ROOT = Path(__file__).parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -75,7 +76,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_says_what_it_does_and_what_came_of_it(finished):
     workdir, out = finished
-    for text in ("adder op: portable", "digits, 1,437 train and 360 test images", "conv='adder'",
+    for text in (f"adder op: {cpu.selected()}", "digits, 1,437 train and 360 test images", "conv='adder'",
                  "parameters, progressive", "1 CE + 1 kd + 1 pkkd", "12 of 16 images", ", new",
                  "step 12/12", "img/s", "uncalibrated accuracy", str(workdir)):  # fmt: skip
         assert text in out

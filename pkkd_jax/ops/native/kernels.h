@@ -181,9 +181,9 @@ void forward_tile(const ForwardTile& t, const float* x, float* y) {
   Vector sum[kPixels][kVectors];
   Vector one = broadcast(1.0f);
   OPAQUE(one);  // or the compiler would turn the products with it back into sums
-#pragma GCC unroll 16
+UNROLL
   for (int m = 0; m < kPixels; ++m) {
-#pragma GCC unroll 2
+UNROLL
     for (int v = 0; v < kVectors; ++v) {
       sum[m][v] = zero();
       const int lanes = static_cast<int>(t.lanes) - v * kLanes;
@@ -200,11 +200,11 @@ void forward_tile(const ForwardTile& t, const float* x, float* y) {
       const float* p = x + t.taps[tap];
       for (int64_t c = 0; c < channels; ++c, ++p, f += kVectors * kLanes) {
         Vector w[kVectors];
-#pragma GCC unroll 2
+UNROLL
         for (int v = 0; v < kVectors; ++v) w[v] = load(f + v * kLanes);
-#pragma GCC unroll 16
+UNROLL
         for (int m = 0; m < kPixels; ++m) {
-#pragma GCC unroll 2
+UNROLL
           for (int v = 0; v < kVectors; ++v) {
             const Vector a = kIsSpread ? load(p + (m * kVectors + v) * kLanes)
                                        : broadcast(p[m * kBlock]);
@@ -223,9 +223,9 @@ void forward_tile(const ForwardTile& t, const float* x, float* y) {
       }
     }
   }
-#pragma GCC unroll 16
+UNROLL
   for (int m = 0; m < kPixels; ++m) {
-#pragma GCC unroll 2
+UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const int lanes = static_cast<int>(t.lanes) - v * kLanes;
       const Vector result = kIsProduct ? sum[m][v] : sub(zero(), sum[m][v]);
@@ -407,7 +407,7 @@ void input_tile(const InputTile& t, const float* dy, const float* x, float* dx) 
   Vector one = broadcast(1.0f);
   OPAQUE(one);
   const int lanes = static_cast<int>(t.lanes);
-#pragma GCC unroll 12
+UNROLL
   for (int m = 0; m < kPixels; ++m) {
     sum[m] = t.first ? zero() : load_lanes(dx + m * t.stride, lanes);
     here[m] = kBody == kProduct || t.num_taps == 0 ? zero() : load_lanes(x + m * t.stride, lanes);
@@ -422,7 +422,7 @@ void input_tile(const InputTile& t, const float* dy, const float* x, float* dx) 
       const float* f = panel + t.in_panel[tap] * filters * kLanes;
       for (int64_t o = 0; o < filters; ++o, ++p, f += kLanes) {
         const Vector w = load(f);
-#pragma GCC unroll 12
+UNROLL
         for (int m = 0; m < kPixels; ++m) {
           const Vector g = kIsSpread ? load(p + m * kLanes) : broadcast(p[m * kBlock]);
           Vector d = w;
@@ -441,7 +441,7 @@ void input_tile(const InputTile& t, const float* dy, const float* x, float* dx) 
     dy += t.block_stride;
     panel += t.all_taps * filters * kLanes;
   }
-#pragma GCC unroll 12
+UNROLL
   for (int m = 0; m < kPixels; ++m) store_lanes(dx + m * t.stride, sum[m], lanes);
 }
 
@@ -639,9 +639,9 @@ template <bool kIsSpread, bool kIsWhole, int kRows, int kVectors>
 void weight_tile(const WeightTile& t, const float* x, const float* dy, float* out) {
   Vector sum[kRows][kVectors];
   auto lanes = [&](int v) { return static_cast<int>(t.lanes) - v * kLanes; };
-#pragma GCC unroll 16
+UNROLL
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
+UNROLL
     for (int v = 0; v < kVectors; ++v) {
       const float* p = out + r * t.out_row + v * kLanes;
       sum[r][v] = kIsWhole ? load(p) : load_lanes(p, lanes(v));
@@ -653,22 +653,22 @@ void weight_tile(const WeightTile& t, const float* x, const float* dy, float* ou
       const float* g = dy + image * t.dy_image + row * t.dy_row;
       for (int64_t column = 0; column < t.columns; ++column, p += t.x_pixel, g += t.dy_pixel) {
         Vector d[kVectors];
-#pragma GCC unroll 2
+UNROLL
         for (int v = 0; v < kVectors; ++v) {
           d[v] = kIsWhole ? load(g + v * kLanes) : load_lanes(g + v * kLanes, lanes(v));
         }
-#pragma GCC unroll 16
+UNROLL
         for (int r = 0; r < kRows; ++r) {
           const Vector a = kIsSpread ? load(p + t.taps[r]) : broadcast(p[r]);
-#pragma GCC unroll 2
+UNROLL
           for (int v = 0; v < kVectors; ++v) sum[r][v] = mul_add(a, d[v], sum[r][v]);
         }
       }
     }
   }
-#pragma GCC unroll 16
+UNROLL
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 2
+UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float* p = out + r * t.out_row + v * kLanes;
       if (kIsWhole) {

@@ -13,6 +13,13 @@
 
 #define INLINE __attribute__((always_inline)) inline
 
+// Before loops over registers, which would otherwise live in memory.
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
