@@ -5,9 +5,10 @@ python benchmarks/adder.py [--peers] [--json FILE] [--repeats 7]
 For each instruction set that runs here: the ceilings, which are the kernels' inner loops with data
 in the L1 cache, on one and on all threads; and for each layer the rates of forward, dx and dw in
 G terms a second, with their share of the roof, max(terms / ceiling, bytes / copy bandwidth). A
-layer and its ceilings take turns, since clocks drift; medians are printed. Then the same layers as
-XLA's convolution, and with `--peers` (`pip install '.[peers]'`) as PyTorch's, as torch.cdist and as
-a broadcasting adder. Compiles `ceilings.cc` with `c++` (or $CXX).
+layer and its ceilings take turns, since clocks drift; medians are printed. A share above 1 means
+that the layer fits into a cache. Then the same layers called one by one, as XLA's convolution, and
+with `--peers` (`pip install '.[peers]'`) as PyTorch's, as torch.cdist and as a broadcasting adder.
+Compiles `ceilings.cc` with `c++` (or $CXX).
 """
 
 import argparse
@@ -138,10 +139,11 @@ def title(layer, depthwise=False) -> str:
     return text + (" /2" if stride == 2 else "") + (" depthwise" if depthwise else "")
 
 
-def jax_passes(layer, adder: bool, depthwise=False) -> dict:
+def jax_passes(layer, adder: bool, depthwise=False, one_program=False) -> dict:
     """The three passes as functions of the number of calls.
 
-    The calls are made within one program, which like a training step has its buffers mapped once.
+    In one program the buffers of all calls are mapped once, as they are in a training step; XLA's
+    own convolution is slow within a loop, and so is measured call by call.
     """
     import jax
     from jax import lax
@@ -169,6 +171,15 @@ def jax_passes(layer, adder: bool, depthwise=False) -> dict:
         "dw": lambda x, w, dy: jax.vjp(lambda w: convolution(x, w), w)[1](dy)[0],
     }
 
+    def called(one):
+        jitted = jax.jit(one)
+
+        def run(calls):
+            for _ in range(calls):
+                jax.block_until_ready(jitted(x, w, dy))
+
+        return run
+
     def repeated(one):
         @jax.jit
         def run(calls, x, w, dy):
@@ -179,7 +190,7 @@ def jax_passes(layer, adder: bool, depthwise=False) -> dict:
 
         return lambda calls: jax.block_until_ready(run(calls, x, w, dy))
 
-    return {name: repeated(one) for name, one in passes.items()}
+    return {name: (repeated if one_program else called)(one) for name, one in passes.items()}
 
 
 def kernels(isa: str, repeats: int) -> dict:
@@ -200,7 +211,7 @@ def kernels(isa: str, repeats: int) -> dict:
         x, w, y, terms = shapes(layer, depthwise)
         sizes = [4e-9 * math.prod(s) for s in (x, w, y)]
         moved = {"forward": sum(sizes), "dx": sum(sizes) + sizes[0], "dw": sum(sizes) + sizes[1]}
-        passes, row = jax_passes(layer, True, depthwise), {}
+        passes, row = jax_passes(layer, True, depthwise, one_program=True), {}
         for function in passes.values():
             function(1)
         for name, function in passes.items():
@@ -346,15 +357,15 @@ def main() -> None:
     if CPUS:  # or a process cannot be kept to some
         result["one_thread"] = in_process(isa, arguments.repeats, 1)
         print_scaling(result["one_thread"], found)
-    best = found["layers"]
-    print(f"\nSeconds of the adder over those of others, {isa}")
+    print(f"\nCall by call: seconds of the adder ({isa}) over those of others, and rates")
+    ratios = []
     if arguments.peers:
         import torch
 
         print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
     for layer in LAYERS:
         terms, name = shapes(layer)[3], title(layer)
-        others = {"XLA's convolution": jax_passes(layer, False)}
+        others = {"adder": jax_passes(layer, True), "XLA's convolution": jax_passes(layer, False)}
         if arguments.peers:
             others |= torch_passes(layer)
         rates = {}
@@ -366,17 +377,14 @@ def main() -> None:
                 rates[other][which] = terms / 1e9 / statistics.median(times)
         result["peers"][name] = rates
         print(name)
+        ours = rates["adder"]
         for other, by_pass in rates.items():
-            ours = sum(1 / best[name][p]["rate"] for p in by_pass)
-            ratio = ours / sum(1 / rate for rate in by_pass.values())
             cells = "  ".join(f"{p} {rate:.1f}" for p, rate in by_pass.items())
-            print(f"{other:>30}: adder takes {ratio:.2f} of its time; its G terms/s: {cells}")
-    names = [title(layer) for layer in LAYERS if layer[5] == 3]
-    ratios = [
-        sum(1 / best[n][p]["rate"] for p in PASSES)
-        / sum(1 / result["peers"][n]["XLA's convolution"][p] for p in PASSES)
-        for n in names
-    ]
+            ratio = sum(1 / ours[p] for p in by_pass) / sum(1 / r for r in by_pass.values())
+            print(f"{other:>30}: {ratio:>5.2f}   G terms/s: {cells}")
+        if layer[5] == 3:
+            theirs = rates["XLA's convolution"].values()
+            ratios.append(sum(1 / r for r in ours.values()) / sum(1 / r for r in theirs))
     print(
         "\nadder / XLA's convolution, forward + dx + dw, 3x3 layers:"
         f" mean {statistics.mean(ratios):.2f}, largest {max(ratios):.2f}"

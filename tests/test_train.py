@@ -76,9 +76,10 @@ def finished(tmp_path_factory):
 
 def test_a_run_says_what_it_does_and_what_came_of_it(finished):
     workdir, out = finished
-    for text in (f"adder op: {cpu.selected()}", "digits, 1,437 train and 360 test images", "conv='adder'",
-                 "parameters, progressive", "1 CE + 1 kd + 1 pkkd", "12 of 16 images", ", new",
-                 "step 12/12", "img/s", "uncalibrated accuracy", str(workdir)):  # fmt: skip
+    for text in (f"adder op: {cpu.selected()}", "digits, 1,437 train and 360 test images",
+                 "conv='adder'", "parameters, progressive", "1 CE + 1 kd + 1 pkkd",
+                 "12 of 16 images", ", new", "step 12/12", "img/s", "uncalibrated accuracy",
+                 str(workdir)):  # fmt: skip
         assert text in out
 
 
