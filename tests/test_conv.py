@@ -130,7 +130,7 @@ def test_an_export_holds_no_call_of_a_kernel():
             dict(dimension_numbers=DIMENSIONS, lhs_dilation=(2, 1), padding=((1, 1),) * 2),
         ),
     ],
-    ids=["one dimension", "NCHW", "dilated input"],
+    ids=["one dimension", "NCHW", "SAME_LOWER", "dilated input"],
 )
 def test_what_has_no_kernel_is_left_to_xla(shape, kernel, options):
     keys = jax.random.split(jax.random.key(0), 2)
@@ -139,6 +139,18 @@ def test_what_has_no_kernel_is_left_to_xla(shape, kernel, options):
     ours = functools.partial(conv_general_dilated, **options)
     assert_close(lax.conv_general_dilated(x, w, **options), ours(x, w))
     assert "conv_general_dilated" in str(jax.make_jaxpr(ours)(x, w))
+
+
+def test_precision_reaches_xla_where_there_is_no_kernel():
+    ours = functions(CASES[0])[1]
+
+    def lowered(function):
+        return jax.jit(function).trace(*operands()).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert "HIGHEST" not in lowered(ours)
+    assert "HIGHEST" in lowered(functools.partial(ours, precision="highest"))
+    with jax.default_matmul_precision("highest"):
+        assert "HIGHEST" in lowered(lambda x, w: jax.grad(functools.partial(loss, ours), 1)(x, w))
 
 
 def test_sum_of_products_is_a_matrix_product():

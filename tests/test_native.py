@@ -73,6 +73,12 @@ def test_results_are_bit_identical_from_run_to_run():
             np.testing.assert_array_equal(one, other)
 
 
+def test_sums_over_many_places_do_not_lose_what_is_small():
+    x, w = np.full((256, 64, 64, 1), 1.3, np.float32), np.zeros((1, 1, 1, 1), np.float32)
+    dw = jax.grad(lambda w: adder_conv(x, w).sum())(w)
+    np.testing.assert_allclose(dw, x.sum(dtype=np.float64), rtol=5e-6)
+
+
 def test_many_threads_at_once_get_what_one_gets():
     alone = [passes(*operands(seed)) for seed in range(4)]
 
@@ -155,5 +161,7 @@ def test_without_a_compiler_the_installation_succeeds_with_no_library(tmp_path, 
 def test_without_a_compiler_the_installation_fails_where_kernels_are_required(
     tmp_path, monkeypatch
 ):
-    assert build_wheel(tmp_path, monkeypatch, "1").returncode != 0
+    done = build_wheel(tmp_path, monkeypatch, "1")
+    assert done.returncode != 0
+    assert "/no/compiler" in done.stdout + done.stderr
     assert not list(tmp_path.glob("*.whl"))

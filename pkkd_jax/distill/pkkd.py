@@ -12,7 +12,7 @@ from pkkd_jax.names import UserError, unknown
 from pkkd_jax.ops.conv import sum_of_products
 
 __all__ = ["pkkd"]
-UNDERFLOW_EXAMPLES = 32  # of each device: the share needs no more
+UNDERFLOW_EXAMPLES = 32  # the first of each device: an estimate needs no more
 
 
 def laplacian_kernel(z: jax.Array, log_sigma2: jax.Array, max_exponent: float) -> jax.Array:
@@ -30,11 +30,9 @@ def dot_product_kernel(z: jax.Array, log_sigma2: jax.Array, max_exponent: float)
     return jnp.exp(jnp.clip(exponent, -max_exponent, max_exponent))
 
 
-def centre(z: jax.Array, axis_name: str | None) -> jax.Array:
-    """`z` less the mean of each channel over the global batch."""
-    # A constant in differentiation: what follows are products of centred responses, whose
-    # derivatives sum to zero over the batch.
-    return z - _mean(lax.stop_gradient(z).mean((0, 1, 2)), axis_name)
+def mean(z: jax.Array, axis_name: str | None) -> jax.Array:
+    """`[channels]`, means over places and the global batch."""
+    return _mean(z.mean((0, 1, 2)), axis_name)
 
 
 def moments(a: jax.Array, b: jax.Array, axis_name: str | None) -> jax.Array:
@@ -137,7 +135,7 @@ def pkkd(
     Returns:
       A `Distiller` with parameters `{"sigma": ..., "rho": ...}`. Its metrics are `loss_mid`, and
       for each tap sigma_student, sigma_teacher, rank_student, rank_teacher (effective ranks of the
-      two sides) and underflow (share of h at the bound).
+      two sides' covariances) and underflow (share of h at the bound, of the first examples).
     Raises:
       UserError: for arguments out of range; when applied, for taps whose shapes do not match.
     References:
@@ -188,6 +186,7 @@ def pkkd(
             params["sigma"] = {"shared": mean}
         return params if kernel else {"rho": params["rho"]}
 
+    @jax.default_matmul_precision("highest")  # differences of moments would magnify roundings
     def apply(params, student, teacher, axis_name):
         found = pairs(student, teacher)
         losses, metrics = [], {}
@@ -207,15 +206,19 @@ def pkkd(
                 metrics[f"underflow/{tap}"] = (z_a[:UNDERFLOW_EXAMPLES] <= floor).mean()
                 metrics[f"sigma_student/{tap}"] = jnp.exp(log_a / 2)
                 metrics[f"sigma_teacher/{tap}"] = jnp.exp(log_c / 2)
-            weights_a, weights_c = (params["rho"][tap].get(s) for s in ("student", "teacher"))
-            if batch_norm:
-                z_a, z_c = centre(z_a, axis_name), centre(z_c, axis_name)
+            weights = params["rho"][tap]
+            mean_a, mean_c = (mean(z, axis_name) for z in (z_a, z_c))
+            # Centred by constants: the derivatives of products of centred responses sum to zero.
+            z_a, z_c = z_a - lax.stop_gradient(mean_a), z_c - lax.stop_gradient(mean_c)
             aa, cc = own_moments(z_a, axis_name), own_moments(z_c, axis_name)
-            a = rho(weights_a, aa if batch_norm else None, z_a.shape[-1])
-            c = rho(weights_c, cc if batch_norm else None, z_c.shape[-1])
+            a = rho(weights.get("student"), aa if batch_norm else None, z_a.shape[-1])
+            c = rho(weights.get("teacher"), cc if batch_norm else None, z_c.shape[-1])
             # The responses of rho are never made: their moments say all that is asked of them.
             aa, ac, cc = a.T @ aa @ a, a.T @ moments(z_a, z_c, axis_name) @ c, c.T @ cc @ c
-            losses.append(jnp.diag(aa - 2 * ac + cc).mean())
+            squares = jnp.diag(aa - 2 * ac + cc)
+            if not batch_norm:
+                squares = squares + jnp.square(mean_a @ a - mean_c @ c)
+            losses.append(squares.mean())
             metrics[f"rank_student/{tap}"] = effective_rank(aa)
             metrics[f"rank_teacher/{tap}"] = effective_rank(cc)
         loss = jnp.stack(losses).mean()

@@ -4,6 +4,8 @@ XLA's own are slow there, the weight gradient most of all, and a teacher is half
 On every other platform these primitives are `lax.conv_general_dilated`.
 """
 
+import operator
+
 import jax
 from jax import lax
 from jax.interpreters import ad
@@ -25,6 +27,7 @@ def conv_general_dilated(
     rhs_dilation=None,
     dimension_numbers=None,
     feature_group_count: int = 1,
+    precision=None,
     **options,
 ) -> jax.Array:
     """`lax.conv_general_dilated`: a `conv_general_dilated` for `linen.Conv`.
@@ -37,12 +40,14 @@ def conv_general_dilated(
       lhs: images, `[batch, height, width, c_in]`.
       rhs: kernel, `[kh, kw, c_in / feature_group_count, c_out]`.
       window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
-        **options: as there; sums are float32 whatever `precision` says.
+        precision, **options: as there; the kernels for CPUs always multiply and add in float32.
     Returns:
       `[batch, height', width', c_out]`, dtype of `lhs`.
     """
     dilated = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
-    unusual = any(options[o] not in (None, 1) for o in options if o != "precision")
+    unusual = any(value not in (None, 1) for value in options.values())
+    if isinstance(padding, str):
+        unusual |= padding.upper() not in ("SAME", "VALID")
     if (
         lhs.ndim != 4
         or lhs.dtype != rhs.dtype
@@ -61,17 +66,22 @@ def conv_general_dilated(
             rhs_dilation,
             dimension_numbers,
             feature_group_count,
+            precision=precision,
             **options,
         )
+    if not isinstance(padding, str):
+        padding = [tuple(map(operator.index, pair)) for pair in padding]
     geometry = geometry_lib.resolve(
         lhs.shape,
         rhs.shape,
-        window_strides,
+        tuple(map(operator.index, window_strides)),
         padding,
-        (1, 1) if rhs_dilation is None else rhs_dilation,
-        feature_group_count,
+        tuple(map(operator.index, rhs_dilation or (1, 1))),
+        operator.index(feature_group_count),
     )
-    return forward_p.bind(*vary_together(lhs, rhs), geometry=geometry)
+    if precision is None:  # of now: when the rule of a platform is traced, it may be another
+        precision = jax.config.jax_default_matmul_precision
+    return forward_p.bind(*vary_together(lhs, rhs), geometry=geometry, precision=precision)
 
 
 def sum_of_products(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -81,12 +91,15 @@ def sum_of_products(a: jax.Array, b: jax.Array) -> jax.Array:
       a: `[batch, height, width, channels]`, of a dtype that `conv_general_dilated` serves.
       b: likewise, with any number of channels.
     Returns:
-      `[channels of a, channels of b]`, dtype of `a`.
+      `[channels of a, channels of b]`, dtype of `a`, at the highest precision.
     """
     # The weight gradient of a 1x1 convolution, which is faster on CPUs than XLA's dot.
     shape = (1, 1, a.shape[-1], b.shape[-1])
     geometry = geometry_lib.resolve(a.shape, shape, 1, "VALID", 1, 1)
-    return weight_gradient_p.bind(*vary_together(a, b), geometry=geometry, shape=shape)[0, 0]
+    product = weight_gradient_p.bind(
+        *vary_together(a, b), geometry=geometry, precision="highest", shape=shape
+    )
+    return product[0, 0]
 
 
 _NHWC = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), DIMENSIONS)
@@ -94,19 +107,19 @@ _NHWC = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), DIMENSIONS)
 forward_p = define(
     "conv_forward",
     {None: portable.product_forward, "cpu": cpu.product_forward},
-    lambda x, w, *, geometry: x.update(shape=geometry.output_shape(x.shape, w.shape)),
+    lambda x, w, *, geometry, precision: x.update(shape=geometry.output_shape(x.shape, w.shape)),
     filters=1,
 )
 input_gradient_p = define(
     "conv_input_gradient",
     {None: portable.product_input_gradient, "cpu": cpu.product_input_gradient},
-    lambda w, dy, *, geometry, shape: dy.update(shape=shape),
+    lambda w, dy, *, geometry, precision, shape: dy.update(shape=shape),
     filters=0,
 )
 weight_gradient_p = define(
     "conv_weight_gradient",
     {None: portable.product_weight_gradient, "cpu": cpu.product_weight_gradient},
-    lambda x, dy, *, geometry, shape: x.update(shape=shape),
+    lambda x, dy, *, geometry, precision, shape: x.update(shape=shape),
     filters=-1,
 )
 
@@ -114,30 +127,31 @@ weight_gradient_p = define(
 # All three are bilinear, and each is the transpose of the others.
 
 
-def _input(w, dy, x, geometry):
-    return input_gradient_p.bind(w, dy, geometry=geometry, shape=x.aval.shape)
+def _input(w, dy, x, **parameters):
+    return input_gradient_p.bind(w, dy, **{**parameters, "shape": x.aval.shape})
 
 
-def _weight(x, dy, w, geometry):
-    return weight_gradient_p.bind(x, dy, geometry=geometry, shape=w.aval.shape)
+def _weight(x, dy, w, **parameters):
+    return weight_gradient_p.bind(x, dy, **{**parameters, "shape": w.aval.shape})
 
 
-def _forward(x, w, geometry):
-    return forward_p.bind(x, w, geometry=geometry)
+def _forward(x, w, *, geometry, precision, shape):
+    del shape
+    return forward_p.bind(x, w, geometry=geometry, precision=precision)
 
 
 ad.defbilinear(
     forward_p,
-    lambda dy, x, w, *, geometry: _input(w, dy, x, geometry),
-    lambda dy, x, w, *, geometry: _weight(x, dy, w, geometry),
+    lambda dy, x, w, **parameters: _input(w, dy, x, **parameters),
+    lambda dy, x, w, **parameters: _weight(x, dy, w, **parameters),
 )
 ad.defbilinear(
     input_gradient_p,
-    lambda x, w, dy, *, geometry, shape: _weight(x, dy, w, geometry),
-    lambda x, w, dy, *, geometry, shape: _forward(x, w, geometry),
+    lambda x, w, dy, **parameters: _weight(x, dy, w, **parameters),
+    lambda x, w, dy, **parameters: _forward(x, w, **parameters),
 )
 ad.defbilinear(
     weight_gradient_p,
-    lambda w, x, dy, *, geometry, shape: _input(w, dy, x, geometry),
-    lambda w, x, dy, *, geometry, shape: _forward(x, w, geometry),
+    lambda w, x, dy, **parameters: _input(w, dy, x, **parameters),
+    lambda w, x, dy, **parameters: _forward(x, w, **parameters),
 )

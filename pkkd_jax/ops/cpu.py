@@ -23,6 +23,7 @@ VARIABLE = "PKKD_JAX_ADDER"
 # The order of `Body` in native/job.h.
 BODIES = ("hardtanh", "sign", "full", "product")
 MAX_TAPS = 256
+MAX_COPY = 32 << 20  # bytes
 
 
 @functools.cache
@@ -37,7 +38,13 @@ def _library() -> ctypes.CDLL | None:
     ]
     if not paths:
         return None
-    library = ctypes.CDLL(str(paths[0]))
+    try:
+        library = ctypes.CDLL(str(paths[0]))
+    except OSError as error:
+        raise UserError(
+            f"the native kernels cannot be loaded: {error}; build them here with"
+            " 'pip install --force-reinstall --no-cache-dir', or set PKKD_JAX_ADDER=portable"
+        ) from error
     for name in ("forward", "input_gradient", "weight_gradient"):
         handler = jax.ffi.pycapsule(getattr(library, f"pkkd_{name}"))
         jax.ffi.register_ffi_target(f"pkkd_{name}", handler, platform="cpu")
@@ -56,13 +63,14 @@ def selected() -> str:
     wanted = os.environ.get(VARIABLE, "")
     if wanted not in ("", "portable", *NATIVE):
         raise UserError(f"{VARIABLE}={wanted}: it must be one of {', '.join(NATIVE)}, portable")
-    library = _library()
+    library = None if wanted == "portable" else _library()
     if wanted == "portable" or (library is None and not wanted):
         return "portable"
     if library is None:
         raise UserError(
             f"{VARIABLE}={wanted}: this installation has no native kernels; install again where"
-            " there is a C++ compiler, with PKKD_JAX_REQUIRE_NATIVE=1 to see what is wrong"
+            " there is a C++ compiler, with PKKD_JAX_REQUIRE_NATIVE=1 and --no-cache-dir to see"
+            " what is wrong"
         )
     name = library.pkkd_select(wanted.encode() if wanted else None)
     if name is None and wanted:
@@ -73,10 +81,14 @@ def selected() -> str:
     return name.decode() if name else "portable"
 
 
-def _serves(geometry: Geometry, *shapes) -> bool:
-    """Whether the kernels take these shapes; the filters' comes first."""
-    taps = shapes[0][0] * shapes[0][1]
-    return selected() != "portable" and taps <= MAX_TAPS and all(0 not in s for s in shapes)
+def _serves(geometry: Geometry, w_shape, *shapes) -> bool:
+    """Whether the kernels take filters of `w_shape` with images and responses of `shapes`."""
+    if selected() == "portable" or any(0 in s for s in (w_shape, *shapes)):
+        return False
+    # What a row of responses sees is copied, with all that lies between dilated taps.
+    extent = [(taps - 1) * d + 1 for taps, d in zip(w_shape[:2], geometry.dilation, strict=True)]
+    seen = max(extent[0] * (s[2] + extent[1]) * s[3] for s in shapes)
+    return w_shape[0] * w_shape[1] <= MAX_TAPS and 4 * seen <= MAX_COPY
 
 
 def _call(handler: str, body: str, geometry: Geometry, shape, *operands) -> jax.Array:
@@ -111,26 +123,30 @@ def weight_gradient(x: jax.Array, w: jax.Array, dy: jax.Array, geometry: Geometr
     return _call("weight_gradient", geometry.input_gradient, geometry, w.shape, x, w, dy)
 
 
-def product_forward(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+def product_forward(x: jax.Array, w: jax.Array, geometry: Geometry, precision) -> jax.Array:
     """`portable.product_forward`."""
     shape = geometry.output_shape(x.shape, w.shape)
     if not _serves(geometry, w.shape, x.shape, shape):
-        return portable.product_forward(x, w, geometry)
+        return portable.product_forward(x, w, geometry, precision)
     return _call("forward", "product", geometry, shape, x, w)
 
 
 # A gradient of a product does not read the operand that it is the gradient of: dy stands there.
 
 
-def product_input_gradient(w: jax.Array, dy: jax.Array, geometry: Geometry, shape) -> jax.Array:
+def product_input_gradient(
+    w: jax.Array, dy: jax.Array, geometry: Geometry, precision, shape
+) -> jax.Array:
     """`portable.product_input_gradient`."""
     if not _serves(geometry, w.shape, shape, dy.shape):
-        return portable.product_input_gradient(w, dy, geometry, shape)
+        return portable.product_input_gradient(w, dy, geometry, precision, shape)
     return _call("input_gradient", "product", geometry, shape, dy, w, dy)
 
 
-def product_weight_gradient(x: jax.Array, dy: jax.Array, geometry: Geometry, shape) -> jax.Array:
+def product_weight_gradient(
+    x: jax.Array, dy: jax.Array, geometry: Geometry, precision, shape
+) -> jax.Array:
     """`portable.product_weight_gradient`."""
     if not _serves(geometry, shape, x.shape, dy.shape):
-        return portable.product_weight_gradient(x, dy, geometry, shape)
+        return portable.product_weight_gradient(x, dy, geometry, precision, shape)
     return _call("weight_gradient", "product", geometry, shape, x, dy, dy)

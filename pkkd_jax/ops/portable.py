@@ -144,10 +144,10 @@ def input_gradient(x: jax.Array, w: jax.Array, dy: jax.Array, geometry: Geometry
 def weight_gradient(x: jax.Array, w: jax.Array, dy: jax.Array, geometry: Geometry) -> jax.Array:
     """`dw = sum over places of dy * (x - w)`: a convolution's gradient and a rank-one term."""
     x, w, dy = (a.astype(jnp.float32) for a in (x, w, dy))
-    return product_weight_gradient(x, dy, geometry, w.shape) - w * dy.sum((0, 1, 2))
+    return product_weight_gradient(x, dy, geometry, None, w.shape) - w * dy.sum((0, 1, 2))
 
 
-def product_forward(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array:
+def product_forward(x: jax.Array, w: jax.Array, geometry: Geometry, precision) -> jax.Array:
     """The ordinary convolution, which sums `x * w`; `conv.conv_general_dilated` is its face."""
     return lax.conv_general_dilated(
         x,
@@ -157,16 +157,21 @@ def product_forward(x: jax.Array, w: jax.Array, geometry: Geometry) -> jax.Array
         rhs_dilation=geometry.dilation,
         dimension_numbers=DIMENSIONS,
         feature_group_count=geometry.groups,
+        precision=precision,
     )
 
 
-def product_input_gradient(w: jax.Array, dy: jax.Array, geometry: Geometry, shape) -> jax.Array:
+def product_input_gradient(
+    w: jax.Array, dy: jax.Array, geometry: Geometry, precision, shape
+) -> jax.Array:
     """`dx = sum over filters of dy * w`, of `shape`."""
     x = _zeros(shape, dy.dtype, dy)
-    return jax.linear_transpose(lambda x: product_forward(x, w, geometry), x)(dy)[0]
+    return jax.linear_transpose(lambda x: product_forward(x, w, geometry, precision), x)(dy)[0]
 
 
-def product_weight_gradient(x: jax.Array, dy: jax.Array, geometry: Geometry, shape) -> jax.Array:
+def product_weight_gradient(
+    x: jax.Array, dy: jax.Array, geometry: Geometry, precision, shape
+) -> jax.Array:
     """`dw = sum over places of dy * x`, of `shape`."""
     w = _zeros(shape, dy.dtype, dy)
-    return jax.linear_transpose(lambda w: product_forward(x, w, geometry), w)(dy)[0]
+    return jax.linear_transpose(lambda w: product_forward(x, w, geometry, precision), w)(dy)[0]

@@ -635,6 +635,8 @@ struct WeightTile {
   int64_t out_row, lanes;
 };
 
+// Adds to `out` the sum over the places of a copy, which starts at zero: one sum over a whole batch
+// would lose what is small beside it.
 template <bool kIsSpread, bool kIsWhole, int kRows, int kVectors>
 void weight_tile(const WeightTile& t, const float* x, const float* dy, float* out) {
   Vector sum[kRows][kVectors];
@@ -642,10 +644,7 @@ void weight_tile(const WeightTile& t, const float* x, const float* dy, float* ou
 UNROLL
   for (int r = 0; r < kRows; ++r) {
 UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      const float* p = out + r * t.out_row + v * kLanes;
-      sum[r][v] = kIsWhole ? load(p) : load_lanes(p, lanes(v));
-    }
+    for (int v = 0; v < kVectors; ++v) sum[r][v] = zero();
   }
   for (int64_t image = 0; image < t.images; ++image) {
     for (int64_t row = 0; row < t.rows; ++row) {
@@ -672,9 +671,9 @@ UNROLL
     for (int v = 0; v < kVectors; ++v) {
       float* p = out + r * t.out_row + v * kLanes;
       if (kIsWhole) {
-        store(p, sum[r][v]);
+        store(p, add(load(p), sum[r][v]));
       } else {
-        store_lanes(p, sum[r][v], lanes(v));
+        store_lanes(p, add(load_lanes(p, lanes(v)), sum[r][v]), lanes(v));
       }
     }
   }
@@ -709,8 +708,10 @@ inline Plan plan_weight(const Job& job) {
   plan.slice = ceil_div(d.blocks, ceil_div(d.blocks, plan.slice));
   const int64_t parts =
       d.spread ? ceil_div(d.filters, kLanes) : d.groups * ceil_div(d.blocks, plan.slice);
-  plan.chunks = job.threads == 1 ? 1 : max(1, min(s.n, ceil_div(8 * job.threads, parts)));
   const int64_t size = s.kh * s.kw * d.channels * s.co;
+  // Enough for all threads; beyond one for each, no more than 64 MB of sums.
+  const int64_t most = max(job.threads, (16 << 20) / size);
+  plan.chunks = job.threads == 1 ? 1 : min(min(s.n, most), ceil_div(8 * job.threads, parts));
   plan.shared = plan.chunks * (size + s.co) - size;  // the first chunk sums into the result
   const int64_t width = d.spread ? kLanes : kBlock;
   const int64_t columns = ceil_div((s.wo - 1) * s.sw + across(s).extent(), s.sw) * s.sw;
@@ -791,13 +792,14 @@ void weight_unit(const Job& job, const Plan& plan, const Division& d, int64_t un
       if (adds_up) {
         for (int64_t o = 0; o < filters; o += kLanes) {
           const int lanes = static_cast<int>(min(kLanes, filters - o));
-          Vector sum = load_lanes(totals + first_filter + o, lanes);
+          Vector sum = zero();
           for (int64_t i = 0; i < images; ++i) {
             for (int64_t q = 0; q < rows * s.wo; ++q) {
               sum = add(sum, load_lanes(dy + i * t.dy_image + q * s.co + o, lanes));
             }
           }
-          store_lanes(totals + first_filter + o, sum, lanes);
+          float* total = totals + first_filter + o;
+          store_lanes(total, add(load_lanes(total, lanes), sum), lanes);
         }
       }
       if (kIsSpread) {

@@ -59,7 +59,7 @@ struct Call {
   float* scratch;
   std::atomic<int64_t> threads{0}, next[2] = {{0}, {0}}, done[2] = {{0}, {0}};
 
-  void work() {
+  void work(bool is_caller) {
     float* own = nullptr;
     for (int phase = 0; phase < 2; ++phase) {
       for (int64_t unit; (unit = next[phase].fetch_add(1)) < plan.units[phase];) {
@@ -67,6 +67,7 @@ struct Call {
         operation->run(job, plan, phase, unit, own);
         done[phase].fetch_add(1);
       }
+      if (phase == 1 && !is_caller) return;
       // All units are claimed, so those waited for have begun: a busy pool cannot block a call.
       for (int turns = 0; done[phase].load() < plan.units[phase]; ++turns) {
         if (turns > 1000) std::this_thread::yield();
@@ -145,8 +146,8 @@ ffi::Error run(Execution execution, Operation Kernels::*operation, Numbers geome
   }
   job.shared = memory.get();
   call->scratch = memory.get() + shared;
-  for (int64_t i = 1; i < job.threads; ++i) execution.pool.Schedule([call] { call->work(); });
-  call->work();
+  for (int64_t i = 1; i < job.threads; ++i) execution.pool.Schedule([call] { call->work(false); });
+  call->work(true);
   return ffi::Error::Success();
 }
 
