@@ -124,6 +124,7 @@ def test_an_export_holds_no_call_of_a_kernel():
     [
         ((2, 9, 4), (3, 4, 5), dict(dimension_numbers=("NWC", "WIO", "NWC"), window_strides=(1,))),
         ((2, 4, 9, 8), (5, 4, 3, 3), dict(dimension_numbers=("NCHW", "OIHW", "NCHW"))),
+        ((2, 9, 8, 4), (2, 2, 4, 5), dict(dimension_numbers=DIMENSIONS, padding="SAME_LOWER")),
         (
             (2, 9, 8, 4),
             (3, 3, 4, 5),
