@@ -12,6 +12,7 @@ from pkkd_jax.names import UserError, unknown
 from pkkd_jax.ops.conv import sum_of_products
 
 __all__ = ["pkkd"]
+
 UNDERFLOW_EXAMPLES = 32  # the first of each device: an estimate needs no more
 
 
@@ -182,8 +183,8 @@ def pkkd(
                 sigma2 = dict.fromkeys(sigma2, jnp.float32(initial_sigma**2))
             params["sigma"][tap] = {side: jnp.log(v + 1e-12) for side, v in sigma2.items()}
         if shared_sigma:
-            mean = jax.tree.map(lambda *v: jnp.stack(v).mean(), *params["sigma"].values())
-            params["sigma"] = {"shared": mean}
+            shared = jax.tree.map(lambda *v: jnp.stack(v).mean(), *params["sigma"].values())
+            params["sigma"] = {"shared": shared}
         return params if kernel else {"rho": params["rho"]}
 
     @jax.default_matmul_precision("highest")  # differences of moments would magnify roundings

@@ -12,6 +12,7 @@
 
 namespace {
 
+constexpr int64_t kMaxTaps = 256;          // MAX_TAPS of ops/cpu.py, which keeps to it
 constexpr int64_t kBlock = 16;             // channels in a block of the copy
 constexpr int64_t kL2Budget = 192 * 1024;  // bytes for the copy, and as many for a panel
 constexpr int64_t kL1Budget = 32 * 1024;
@@ -76,6 +77,11 @@ struct Window {
   Steps down, across;  // what is read of the rows and columns
   int64_t pitch() const { return ceil_div(columns, across.stride); }  // columns of one phase
   int64_t pixels() const { return rows * pitch() * across.stride; }
+  // Where the copy begins for tap (u, v), in pixels.
+  int64_t offset(int64_t u, int64_t v) const {
+    const int64_t row = u * down.dilation, column = v * across.dilation, stride = across.stride;
+    return (row * stride + column % stride) * pitch() + column / stride;
+  }
 };
 
 // Copies `channels` from `first` on, in blocks that are `block_stride` apart, the last filled up with
@@ -157,6 +163,11 @@ inline Division divide(const Shape& s, int64_t sums, int64_t lanes) {
   d.block = d.spread ? 1 : kBlock;
   d.blocks = ceil_div(sums, d.block);
   return d;
+}
+
+// Blocks of one of the nearly equal slices of `blocks`, each of which fits into the L2 cache.
+INLINE int64_t slice_of(int64_t blocks, int64_t block_bytes) {
+  return ceil_div(blocks, ceil_div(blocks, max(1, kL2Budget / block_bytes)));
 }
 
 // Lanes of the panel that starts at filter `start`: two vectors, or one if that is enough.
@@ -266,7 +277,7 @@ inline Plan plan_forward(const Job& job) {
   const Division d = divide(s, s.ci / s.groups, s.co / s.groups);
   Plan plan = {};
   const int64_t width = d.spread ? kPanel : kBlock;
-  const int64_t columns = ceil_div((s.wo - 1) * s.sw + across(s).extent(), s.sw) * s.sw;
+  const int64_t columns = seen_by(s, 0, 1).pitch() * s.sw;
   const int64_t row_floats = columns * width * d.blocks;
   const int64_t bytes = row_floats * static_cast<int64_t>(sizeof(float));
   cut(&plan, s.n, s.ho, bytes * s.sh, bytes * max(0, down(s).extent() - s.sh), job.threads);
@@ -274,8 +285,7 @@ inline Plan plan_forward(const Job& job) {
   plan.scratch = plan.images * rows * row_floats;
   plan.shared = d.groups * s.kh * s.kw * d.channels * packed_filters(d);
   const int64_t panel_bytes = s.kh * s.kw * d.block * kPanel * static_cast<int64_t>(sizeof(float));
-  plan.slice = d.spread ? d.blocks : max(1, kL2Budget / panel_bytes);
-  plan.slice = ceil_div(d.blocks, ceil_div(d.blocks, plan.slice));
+  plan.slice = d.spread ? d.blocks : slice_of(d.blocks, panel_bytes);
   plan.units[0] = d.groups * ceil_div(d.filters, kPanel);
   plan.units[1] = ceil_div(s.n, plan.images) * plan.strips;
   return plan;
@@ -311,7 +321,7 @@ void forward_unit(const Job& job, const Plan& plan, const Division& d, int64_t u
   const int64_t rows = min(plan.rows, s.ho - first_row);
   Window window = seen_by(s, first_row, rows);
   const int64_t pitch = window.pitch(), taps = s.kh * s.kw;
-  int64_t offsets[256];
+  int64_t offsets[kMaxTaps];
 
   auto image_at = [&](int64_t i) {
     window.image = job.x + (first_image + i) * s.h * s.w * s.ci;
@@ -323,9 +333,7 @@ void forward_unit(const Job& job, const Plan& plan, const Division& d, int64_t u
     const int64_t lanes = panel_width(d, start);
     const int64_t row_stride = pitch * s.sw * width, image_stride = window.pixels() * width;
     for (int64_t tap = 0; tap < taps; ++tap) {
-      const int64_t column = tap % s.kw * s.dw;
-      offsets[tap] =
-          tap / s.kw * s.dh * row_stride + (column % s.sw * pitch + column / s.sw) * width;
+      offsets[tap] = window.offset(tap / s.kw, tap % s.kw) * width;
     }
     ForwardTile t;
     t.taps = offsets;
@@ -485,8 +493,7 @@ inline Plan plan_input(const Job& job) {
   const int64_t panels = ceil_div(d.filters, kLanes);
   plan.shared = d.groups * panels * kLanes * s.kh * s.kw * d.channels;
   const int64_t panel_bytes = s.kh * s.kw * d.block * kLanes * static_cast<int64_t>(sizeof(float));
-  plan.slice = d.spread ? d.blocks : max(1, kL2Budget / panel_bytes);
-  plan.slice = ceil_div(d.blocks, ceil_div(d.blocks, plan.slice));
+  plan.slice = d.spread ? d.blocks : slice_of(d.blocks, panel_bytes);
   plan.units[0] = d.groups * panels;
   plan.units[1] = ceil_div(s.n, plan.images) * plan.strips;
   return plan;
@@ -526,7 +533,7 @@ void input_unit(const Job& job, const Plan& plan, const Division& d, int64_t uni
   const int64_t width = kIsSpread ? kLanes : kBlock, all_taps = s.kh * s.kw;
   Window window = seen(s, first_row, last_row);
   const int64_t row_stride = window.columns * width, image_stride = window.rows * row_stride;
-  int64_t taps[256], in_panel[256];
+  int64_t taps[kMaxTaps], in_panel[kMaxTaps];
 
   auto image_at = [&](int64_t i) {
     window.image = job.dy + (first_image + i) * s.ho * s.wo * s.co;
@@ -704,8 +711,7 @@ inline Plan plan_weight(const Job& job) {
   Plan plan = {};
   // As many blocks in a part as the cache holds sums of: they share what is read of dy.
   const int64_t sums = s.kh * s.kw * kBlock * d.filters * static_cast<int64_t>(sizeof(float));
-  plan.slice = max(1, min(d.blocks, kL2Budget / sums));
-  plan.slice = ceil_div(d.blocks, ceil_div(d.blocks, plan.slice));
+  plan.slice = slice_of(d.blocks, sums);
   const int64_t parts =
       d.spread ? ceil_div(d.filters, kLanes) : d.groups * ceil_div(d.blocks, plan.slice);
   const int64_t size = s.kh * s.kw * d.channels * s.co;
@@ -714,7 +720,7 @@ inline Plan plan_weight(const Job& job) {
   plan.chunks = job.threads == 1 ? 1 : min(min(s.n, most), ceil_div(8 * job.threads, parts));
   plan.shared = plan.chunks * (size + s.co) - size;  // the first chunk sums into the result
   const int64_t width = d.spread ? kLanes : kBlock;
-  const int64_t columns = ceil_div((s.wo - 1) * s.sw + across(s).extent(), s.sw) * s.sw;
+  const int64_t columns = seen_by(s, 0, 1).pitch() * s.sw;
   const int64_t size_of = static_cast<int64_t>(sizeof(float));
   const int64_t row_bytes = (columns * width * s.sh + s.wo * min(d.filters, kPanel)) * size_of;
   plan.rows = min(s.ho, max(ceil_div(128, s.wo), kL1Budget / row_bytes));
@@ -784,11 +790,7 @@ void weight_unit(const Job& job, const Plan& plan, const Division& d, int64_t un
       t.dy_image = s.ho * s.wo * s.co;
       t.dy_row = s.wo * s.co;
       t.dy_pixel = s.co;
-      auto offset = [&](int64_t tap) {
-        const int64_t column = tap % s.kw * s.dw;
-        return tap / s.kw * s.dh * pitch * s.sw * width +
-               (column % s.sw * pitch + column / s.sw) * width;
-      };
+      auto offset = [&](int64_t tap) { return window.offset(tap / s.kw, tap % s.kw) * width; };
       if (adds_up) {
         for (int64_t o = 0; o < filters; o += kLanes) {
           const int lanes = static_cast<int>(min(kLanes, filters - o));
@@ -803,7 +805,7 @@ void weight_unit(const Job& job, const Plan& plan, const Division& d, int64_t un
         }
       }
       if (kIsSpread) {
-        int64_t offsets[256];
+        int64_t offsets[kMaxTaps];
         for (int64_t tap = 0; tap < taps; ++tap) offsets[tap] = offset(tap);
         t.taps = offsets;
         t.out_row = d.channels * s.co;
