@@ -226,9 +226,9 @@ def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
     last = writer.last if writer else {}
     began = time.perf_counter() - last.get("wall_s", 0.0)
     first, since = step + 1, None  # `since`: the step and the time that the rate counts from
-    # Steps in flight while the host goes on: few, so that a signal is obeyed soon; none with many
-    # CPU devices, whose collectives may hang.
-    ahead = 0 if jax.default_backend() == "cpu" and jax.device_count() > 1 else 2
+    # Steps in flight while the host goes on: few, so that a signal is obeyed soon; none on CPU,
+    # where a step that waits slows the one that runs, and collectives of many devices may hang.
+    ahead = 0 if jax.default_backend() == "cpu" else 2
     state = update_lib.replicate(state)
     update = update_lib.pmap(update_lib.joint_update(built.recipe), donate=True)
 
