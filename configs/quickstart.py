@@ -1,4 +1,4 @@
-"""PKKD on the digits that scikit-learn brings along: a first look, in a quarter of a minute on two cores.
+"""PKKD on the digits that scikit-learn brings along: a quarter of a minute on two cores.
 
     python -m pkkd_jax.main --config=configs/quickstart.py
 
