@@ -172,6 +172,8 @@ def network_arguments(config: dict, which: str) -> dict | None:
     """Keywords of `models.build` for the student or teacher of a run's `config`; None if none."""
     if which == "teacher" and config["teacher"]["mode"] == "none":
         return None
+    if which == "teacher" and config["teacher"]["mode"] == "snapshot":
+        which = "student"
     own = {k: v for k, v in config[which].items() if k not in ("mode", "run_dir", "which")}
     if config["dtype"] != "float32":  # a model of the user's own need not have the field
         own["dtype"] = config["dtype"]

@@ -7,15 +7,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from pkkd_jax import names, optim
+from pkkd_jax import distill, names, optim
 
 
 def base() -> ConfigDict:
     """The configuration that every file in `configs/` starts from: CIFAR-10 by the paper's recipe.
 
     Each nested dict holds exact keyword arguments: `student` and `teacher` of the model, but for
-    `teacher.mode`, `run_dir` and `which`; `distill.<name>` of the loss, but for `weight`; `data` of
-    the data source; `optim` of `optim.build`.
+    `teacher.mode`, `run_dir` and `which`; `distill.<name>` of the loss, but for `weight`,
+    `weight_schedule` and `final_weight`; `data` of the data source; `optim` of `optim.build`.
     """
     config = ConfigDict()
     config.seed = 0
@@ -28,7 +28,7 @@ def base() -> ConfigDict:
     config.workers = 0  # processes that decode images; 0: threads of this one
     config.student = dict(name="resnet_cifar", depth=20, conv="adder", dropout=0.0)
     config.teacher = dict(
-        mode="progressive",  # or "fixed", or "none"
+        mode="progressive",  # or "fixed", "snapshot" (of the student, each cycle), "none"
         run_dir="",  # of a fixed teacher
         which="teacher",  # network of that run
         name="resnet_cifar",
@@ -43,6 +43,7 @@ def base() -> ConfigDict:
         name="sgd",
         learning_rate=0.1,
         schedule_name="cosine",
+        cycles=1,  # of the schedule
         warmup_steps=0,
         weight_decay=5e-4,
         adder_eta=0.2,
@@ -60,21 +61,22 @@ def _defaults(function: Callable) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if isinstance(p.default, (bool, int, float, str))}
 
 
-def losses(name: str) -> dict[str, Any]:
-    """`config.distill` for one method with the defaults of its keywords; "pkkd" includes KD.
+def losses(methods: str) -> dict[str, Any]:
+    """`config.distill` for "NAME" or "NAME+NAME", each with the defaults of its keywords.
 
-    A dotted name becomes nested dicts, since a leaf's name has no dots.
+    "pkkd" alone includes KD, as in the paper. A dotted name becomes nested dicts, since a leaf's
+    name has no dots.
     """
-    if name == "none":
+    if methods == "none":
         return {}
     found: dict[str, Any] = {}
-    for each in [name, "kd"] if name == "pkkd" else [name]:
+    for each in ("pkkd+kd" if methods == "pkkd" else methods).split("+"):
         *parents, last = each.split(".")
         place = found
         for key in parents:
             place = place.setdefault(key, {})
         place[last] = {
-            "weight": 1.0,
+            **distill.WEIGHT,
             **_defaults(names.resolve("pkkd_jax.distill", each, "loss")),
         }
     return found
@@ -85,8 +87,8 @@ def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
 
     Args:
       config: a configuration.
-      argument: `data=NAME`, `distill=NAME` ("none" for no loss), `optim=NAME`, `student=NAME` and
-        `teacher=NAME` swap a whole nested dict, which a locked configuration cannot do leaf by
+      argument: `data=NAME`, `distill=NAME+NAME` ("none" for no loss), `optim=NAME`, `student=NAME`
+        and `teacher=NAME` swap a whole nested dict, which a locked configuration cannot do leaf by
         leaf.
     Raises:
       UserError: for an unknown key or name.

@@ -17,7 +17,7 @@ from pkkd_jax.ops import adder
 
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
-    "teacher.mode": ("progressive", "fixed", "none"),
+    "teacher.mode": ("progressive", "fixed", "snapshot", "none"),
 }
 # Leaf to whether a value is allowed, and what is.
 NUMBERS = {
@@ -27,6 +27,7 @@ NUMBERS = {
     "steps": (lambda v: v >= 0, "0 (as many as config.epochs makes) or more"),
     "workers": (lambda v: v >= 0, "0 (threads) or more"),
     "label_smoothing": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+    "optim.cycles": (lambda v: v >= 1, "1 or more"),
     "optim.warmup_steps": (lambda v: v >= 0, "0 (no warm-up) or more"),
     "eval.every_epochs": (lambda v: v > 0, "above 0"),
     "eval.recalibrate_batches": (lambda v: v >= 0, "0 (off) or more"),
@@ -131,18 +132,22 @@ def build(config: ConfigDict) -> Experiment:
             parameters[which] = _count_parameters(networks[which], train.image_shape)
     teacher, mode = networks["teacher"], plain["teacher"]["mode"]
     teacher_variables = _fixed_teacher(plain, teacher) if mode == "fixed" else None
-    losses = distill.build(plain["distill"]) if teacher is not None else {}
     batch_size = plain["batch_size"]
     splits = Splits(train, test, batch_size, plain["seed"], plain["workers"])
     steps_per_epoch = len(train) / batch_size
     total = plain["steps"] or max(1, int(plain["epochs"] * steps_per_epoch))
     every = max(1, round(plain["eval"]["every_epochs"] * steps_per_epoch))
+    losses = distill.build(plain["distill"], total) if teacher is not None else {}
     arguments = plain["optim"]
-    distiller_optimiser = optax.sgd(
-        optim.schedule(
-            arguments["schedule_name"], arguments["learning_rate"], total, arguments["warmup_steps"]
-        ),
-        momentum=0.9,
+    cycles = arguments["cycles"]
+    if cycles > total:
+        raise UserError(f"config.optim.cycles={cycles}: it must be at most the {total} steps")
+    rate = optim.schedule(
+        arguments["schedule_name"],
+        arguments["learning_rate"],
+        total,
+        arguments["warmup_steps"],
+        cycles,
     )
     recipe = update_lib.Recipe(
         student=networks["student"],
@@ -151,10 +156,11 @@ def build(config: ConfigDict) -> Experiment:
         losses=losses,
         alpha=plain["alpha"],
         optimiser=optim.build(total, **arguments),
-        distiller_optimiser=distiller_optimiser,
+        distiller_optimiser=optax.sgd(rate, momentum=0.9),
         augmentation=splits.augmentation,
         seed=plain["seed"],
         label_smoothing=plain["label_smoothing"],
+        snapshot_steps=total // cycles if mode == "snapshot" else 0,
     )
     # The last one is at the end: none so shortly before that it says the same.
     evals = frozenset({*range(every, total - every // 2, every), total})
@@ -181,6 +187,11 @@ def _check(config: dict) -> None:
     for path, (is_allowed, allowed) in NUMBERS.items():
         if not is_allowed(_leaf(config, path)):
             raise UserError(f"config.{path}={_leaf(config, path)}: it must be {allowed}")
+    if config["teacher"]["mode"] == "snapshot" and config["optim"]["cycles"] < 2:
+        raise UserError(
+            "config.teacher.mode='snapshot' with config.optim.cycles=1: the teacher is the student"
+            " at the end of the cycle before; set config.optim.cycles to 2 or more"
+        )
     if config["steps"] == 0 and not config["epochs"] > 0:
         raise UserError(
             f"config.steps=0 and config.epochs={config['epochs']}: one of them must be positive"
@@ -223,11 +234,18 @@ def describe(experiment: Experiment, step: int, workdir: Path) -> dict:
     def network(name):
         if name not in experiment.parameters:
             return "none"
+        if name == "teacher" and config["teacher"]["mode"] == "snapshot":
+            return f"the student as it was after each of {config['optim']['cycles']} cycles"
         leaves = config[name]
         text = f"{leaves['name']} {leaves.get('depth', '')}".strip()
         text += f", conv={leaves.get('conv', 'conv')!r}"
         text += f", {experiment.parameters[name]:,} parameters"
         return text + (f", {leaves['mode']}" if "mode" in leaves else "")
+
+    def weight(name):
+        by_step = experiment.recipe.losses[name][0]
+        first, last = (f"{float(by_step(step)):g}" for step in (0, experiment.total_steps))
+        return first if first == last else f"{first}..{last}"
 
     kinds = sorted({d.device_kind for d in jax.devices()})
     return {
@@ -239,9 +257,7 @@ def describe(experiment: Experiment, step: int, workdir: Path) -> dict:
         "student": network("student"),
         "teacher": network("teacher"),
         "losses": f"{config['alpha']:g} CE"
-        + "".join(
-            f" + {weight:g} {name}" for name, (weight, _) in experiment.recipe.losses.items()
-        ),
+        + "".join(f" + {weight(name)} {name}" for name in experiment.recipe.losses),
         "steps": f"{experiment.total_steps:,} of {config['batch_size']} images"
         f" ({experiment.total_steps * config['batch_size'] / len(train):.1f} epochs),"
         f" {config['dtype']}",

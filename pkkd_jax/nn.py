@@ -13,6 +13,7 @@ from flax import linen
 from jax import Array, lax
 
 from pkkd_jax import names
+from pkkd_jax.ops import binary
 from pkkd_jax.ops.adder import adder_conv
 from pkkd_jax.ops.conv import conv_general_dilated
 
@@ -24,7 +25,8 @@ class Outputs:
     Attributes:
       logits: `[batch, num_classes]`, float32.
       features: tap name -> raw output of that convolution before BatchNorm, `[batch, height, width,
-        channels]`, in forward order; `penultimate` is the classifier's input, `[batch, channels]`.
+        channels]`, in forward order; with "out" behind a layer's or a block's name, what it hands
+        on; `penultimate` is the classifier's input, `[batch, channels]`.
     """
 
     logits: Array
@@ -127,15 +129,35 @@ class Conv(linen.Conv):
     conv_general_dilated: Callable | None = conv_general_dilated
 
 
-CONVOLUTIONS = {"conv": Conv, "adder": AdderConv}
+class BinaryConv(Conv):
+    """`flax.linen.Conv` with `pkkd_jax.ops.binary.binary_conv`: signs of inputs and filters.
+
+    The sign is the nonlinearity: networks of the package leave ReLU out, of which it would see
+    nothing but 1.
+    """
+
+    conv_general_dilated: Callable | None = binary.binary_conv
+    activation = staticmethod(lambda x: x)
+
+
+class PCNNConv(Conv):
+    """`flax.linen.Conv` with `pkkd_jax.ops.binary.ProjectionConv`; without ReLU, as `BinaryConv`."""
+
+    conv_general_dilated: Callable | None = None
+    conv_general_dilated_cls: Any = binary.ProjectionConv
+    activation = staticmethod(lambda x: x)
+
+
+CONVOLUTIONS = {"conv": Conv, "adder": AdderConv, "binary": BinaryConv, "pcnn": PCNNConv}
 
 
 def convolution(name: str) -> Callable[..., linen.Module]:
     """The convolution that a model's field `conv` names.
 
     Args:
-      name: "conv", "adder", or the dotted path of a user's own, called with the keywords of
-        `linen.Conv`.
+      name: "conv", "adder", "binary" (XNOR-Net), "pcnn", or the dotted path of a user's own,
+        called with the keywords of `linen.Conv`; its attribute `activation`, if there, replaces
+        ReLU.
     Raises:
       UserError: if there is no such name.
     """
@@ -169,12 +191,13 @@ class Network(linen.Module):
         if not 0 <= self.dropout < 1:
             raise names.UserError(f"dropout={self.dropout}: it must be from 0 (off) to below 1")
 
-    def layers(self, train: bool) -> tuple[Callable, Callable, Callable]:
-        """Makers of the ordinary convolution, the swapped one and BatchNorm."""
+    def layers(self, train: bool) -> tuple[Callable, Callable, Callable, Callable]:
+        """Makers of the ordinary convolution, the swapped one and BatchNorm, and the activation."""
         he_normal = linen.initializers.variance_scaling(2.0, "fan_out", "normal")
         shared = {"use_bias": False, "dtype": self.dtype}
         ordinary = partial(Conv, kernel_init=he_normal, **shared)
         swapped = convolution(self.conv)
+        activation = getattr(swapped, "activation", linen.relu)
         swapped = ordinary if swapped is Conv else partial(swapped, **shared)
         norm = partial(
             linen.BatchNorm,
@@ -186,7 +209,7 @@ class Network(linen.Module):
             # Adder outputs have a mean far from 0, where E[x^2] - E[x]^2 cancels.
             use_fast_variance=False,
         )
-        return ordinary, swapped, norm
+        return ordinary, swapped, norm, activation
 
     def classify(
         self, x: Array, features: dict[str, Array], *, train: bool, use_bias: bool = True

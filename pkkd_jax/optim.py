@@ -39,9 +39,21 @@ def scale_by_adder_norm(eta: float = 0.2) -> optax.GradientTransformation:
 
 
 def schedule(
-    name: str, learning_rate: float, total_steps: int, warmup_steps: int = 0
+    name: str, learning_rate: float, total_steps: int, warmup_steps: int = 0, cycles: int = 1
 ) -> optax.Schedule:
-    """Learning rate by step: a linear warm-up, then a cosine to zero or a constant."""
+    """Learning rate by step: a linear warm-up, then a cosine to zero or a constant.
+
+    With several cycles all of it starts again after every `total_steps // cycles` steps.
+
+    References:
+      Loshchilov and Hutter, SGDR, ICLR 2017, Eq. 5, without the growth of the cycles.
+    """
+    if cycles > 1:
+        one = schedule(name, learning_rate, total_steps // cycles, warmup_steps)
+        last = (cycles - 1) * (total_steps // cycles)  # what does not divide prolongs the last one
+        return lambda step: one(
+            jnp.where(step < last, step % (total_steps // cycles), step - last)
+        )
     rest = max(1, total_steps - warmup_steps)
     kinds = {
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest),
@@ -78,6 +90,7 @@ def build(
     name: str = "sgd",
     learning_rate: float = 0.1,
     schedule_name: str = "cosine",
+    cycles: int = 1,
     warmup_steps: int = 0,
     weight_decay: float = 5e-4,
     adder_eta: float = 0.2,
@@ -90,6 +103,7 @@ def build(
       name: of a function of optax that takes `learning_rate`: "sgd", "adamw", "lion", ...
       learning_rate: peak of the schedule.
       schedule_name: "cosine" or "constant".
+      cycles: how often the schedule is gone through.
       warmup_steps: of linear increase from zero.
       weight_decay: passed to an optimiser that has its own, such as "adamw"; times the parameter
         added to the gradient (L2) for the others.
@@ -110,7 +124,7 @@ def build(
         arguments["weight_decay"] = weight_decay
     elif weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay))
-    rate = schedule(schedule_name, learning_rate, total_steps, warmup_steps)
+    rate = schedule(schedule_name, learning_rate, total_steps, warmup_steps, cycles)
     found = optax.chain(*parts, function(rate, **arguments))
     tree = {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}
     try:

@@ -30,25 +30,28 @@ class Recipe:
       teacher: likewise; None trains the student alone.
       teacher_learns: True trains the teacher in the same step (progressive); False keeps it as it
         is, in evaluation mode (fixed).
-      losses: name -> (weight, Distiller).
+      losses: name -> (weight or its schedule over steps, Distiller).
       alpha: weight of the student's cross-entropy with the labels.
       optimiser: of student and teacher.
       distiller_optimiser: of what the losses learn.
       augmentation: keywords of `data.augment`: augmentation, mean, std.
       seed: of augmentation and dropout.
       label_smoothing: share of the label spread over all classes, in both networks' cross-entropy.
+      snapshot_steps: where above 0, the teacher becomes a copy of the student after every so many
+        steps, and the losses begin after the first of them (snapshot distillation).
     """
 
     student: linen.Module
     teacher: linen.Module | None
     teacher_learns: bool
-    losses: Mapping[str, tuple[float, Distiller]]
+    losses: Mapping[str, tuple[float | optax.Schedule, Distiller]]
     alpha: float
     optimiser: optax.GradientTransformation
     distiller_optimiser: optax.GradientTransformation
     augmentation: Mapping[str, Any]
     seed: int
     label_smoothing: float = 0.0
+    snapshot_steps: int = 0
 
 
 def pmap(function: Callable, *, donate: bool = False) -> Callable:
@@ -160,7 +163,13 @@ def joint_update(recipe: Recipe) -> Callable:
     def accuracy(logits, labels):
         return (logits.argmax(-1) == labels).mean()
 
-    def loss(params, stats, images, labels, key):
+    def weight_of(weight, step):
+        weight = weight(step) if callable(weight) else weight
+        if recipe.snapshot_steps:
+            weight = jnp.where(step >= recipe.snapshot_steps, weight, 0.0)
+        return weight
+
+    def loss(params, stats, step, images, labels, key):
         metrics, new_stats, total, targets = {}, {}, 0.0, None
         if teacher_model is not None:
             variables = {"params": params["teacher"], "batch_stats": stats["teacher"]}
@@ -178,7 +187,7 @@ def joint_update(recipe: Recipe) -> Callable:
         metrics |= {"student/loss_ce": ce, "student/accuracy": accuracy(outputs.logits, labels)}
         for name, (weight, distiller) in recipe.losses.items():
             value, found = distiller.apply(params["distiller"][name], outputs, targets, AXIS)
-            student_loss = student_loss + weight * value
+            student_loss = student_loss + weight_of(weight, step) * value
             metrics |= {f"student/{key}": figure for key, figure in found.items()}
         metrics["student/loss"] = student_loss
         return total + student_loss, (new_stats, metrics)
@@ -191,7 +200,8 @@ def joint_update(recipe: Recipe) -> Callable:
         )
         images = data.augment(augment_key, images, positions, **recipe.augmentation)
         gradient = jax.grad(loss, has_aux=True)
-        return gradient(params, stats, images, labels, jax.random.fold_in(dropout_key, start))
+        key = jax.random.fold_in(dropout_key, start)
+        return gradient(params, stats, step, images, labels, key)
 
     def learn(optimiser, network: NetworkState, gradient, batch_stats) -> NetworkState:
         updates, opt_state = optimiser.update(gradient, network.opt_state, network.params)
@@ -232,6 +242,15 @@ def joint_update(recipe: Recipe) -> Callable:
         teacher = state.teacher
         if recipe.teacher_learns and teacher is not None:
             teacher = learn(recipe.optimiser, teacher, gradients["teacher"], stats["teacher"])
+        if recipe.snapshot_steps:
+            now = (state.step + 1) % recipe.snapshot_steps == 0
+            teacher = teacher.replace(
+                **jax.tree.map(
+                    lambda new, old: jnp.where(now, new, old),
+                    {"params": student.params, "batch_stats": student.batch_stats},
+                    {"params": teacher.params, "batch_stats": teacher.batch_stats},
+                )
+            )
         distiller = learn(recipe.distiller_optimiser, state.distiller, gradients["distiller"], {})
         return DistillState(state.step + 1, student, teacher, distiller), metrics
 

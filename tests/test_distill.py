@@ -7,7 +7,8 @@ import pytest
 
 from pkkd_jax import distill
 from pkkd_jax.distill.kd import kd
-from pkkd_jax.distill.pkkd import effective_rank, moments, pkkd, select_taps
+from pkkd_jax.distill.pkkd import effective_rank, moments, pkkd
+from pkkd_jax.distill.taps import select_taps
 from pkkd_jax.names import UserError
 from pkkd_jax.nn import Outputs
 
@@ -157,7 +158,7 @@ def test_a_wrong_tap_is_named_with_the_nearest():
 def test_taps_of_different_size_are_refused():
     student, teacher = outputs(0), outputs(1)
     teacher.features["stage2.block1.conv2"] = jnp.zeros((6, 3, 4, 3))
-    with pytest.raises(UserError, match=r"stage2.block1.conv2.*\(6, 5, 4, 3\).*\(6, 3, 4, 3\)"):
+    with pytest.raises(UserError, match=r"stage2.block1.conv2.*\[6, 5, 4, 3\].*\[6, 3, 4, 3\]"):
         pkkd().init(jax.random.key(0), student, teacher)
 
 
@@ -170,6 +171,6 @@ def test_effective_rank_counts_directions():
 
 def test_an_unknown_loss_or_keyword_is_named_with_the_nearest():
     with pytest.raises(UserError, match="unknown loss 'pkdd': did you mean 'pkkd'"):
-        distill.build({"pkdd": {"weight": 1.0}})
+        distill.build({"pkdd": {"weight": 1.0}}, 10)
     with pytest.raises(UserError, match="'temprature': did you mean 'temperature'"):
-        distill.build({"kd": {"weight": 1.0, "temprature": 2.0}})
+        distill.build({"kd": {"weight": 1.0, "temprature": 2.0}}, 10)

@@ -49,6 +49,12 @@ def kernels(name, depth, shape, conv):
     }
 
 
+def responses(name, depth, shape, conv):
+    """The taps that convolutions make, and the classifier's input."""
+    features = trace(name, depth, shape, conv)[0].features
+    return {tap: leaf for tap, leaf in features.items() if not tap.endswith(".out")}
+
+
 def terms(name, depth, conv="adder", shape=(1, 224, 224, 3), num_classes=1000):
     """Multiply-accumulates of an image in filters and in kernels: places times parameters."""
     counts = {"filters": 0, "kernel": 0}
@@ -111,7 +117,18 @@ def test_only_stem_and_classifier_keep_an_ordinary_kernel(name, depth, shape):
 @either_convolution
 def test_every_convolution_is_a_tap_and_so_is_the_classifiers_input(name, depth, shape, conv):
     taps = {*kernels(name, depth, shape, conv), "penultimate"} - {"classifier"}
-    assert set(trace(name, depth, shape, conv)[0].features) == taps
+    assert set(responses(name, depth, shape, conv)) == taps
+
+
+@every_model
+@either_convolution
+def test_what_layers_and_blocks_hand_on_are_taps(name, depth, shape, conv):
+    features = trace(name, depth, shape, conv)[0].features
+    layers = {tap.rpartition(".")[0] for tap in features if ".block" in tap} or {
+        tap for tap in features if tap.startswith("conv") and "." not in tap
+    }
+    wanted = {f"{layer}.out" for layer in {"stem", *layers}}
+    assert {tap for tap in features if tap.endswith(".out")} == wanted
 
 
 @every_model
@@ -121,8 +138,10 @@ def test_taps_are_raw_outputs_in_forward_order(name, depth, shape):
     variables = trace(name, depth, shape, "conv")[1]
     jaxpr = jax.make_jaxpr(lambda v, x: model.apply(v, x, train=False))(variables, images).jaxpr
     produced = [e.outvars[0] for e in jaxpr.eqns if e.primitive.name == "conv_forward"]
-    # Outputs are flattened as (logits, *features), the last of which is `penultimate`.
-    assert produced == list(jaxpr.outvars[1:-1])
+    # Outputs are flattened as (logits, *features).
+    taps = list(trace(name, depth, shape, "conv")[0].features)
+    found = dict(zip(taps, jaxpr.outvars[1:], strict=True))
+    assert produced == [found[tap] for tap in responses(name, depth, shape, "conv")][:-1]
 
 
 @every_model
@@ -134,7 +153,7 @@ def test_logits_are_one_number_a_class(name, depth, shape, conv, train):
 
 
 def test_cifar_taps_have_the_shapes_of_the_stages():
-    features = trace("resnet_cifar", 8, CIFAR, "adder")[0].features
+    features = responses("resnet_cifar", 8, CIFAR, "adder")
     assert {tap: leaf.shape[1:] for tap, leaf in features.items()} == {
         "stem": (32, 32, 16),
         "stage1.block1.conv1": (32, 32, 16),
@@ -156,7 +175,7 @@ def test_a_bottleneck_strides_in_its_3x3():
 
 
 def test_vgg_taps_have_the_published_widths():
-    features = trace("vgg_small", None, CIFAR, "adder")[0].features
+    features = responses("vgg_small", None, CIFAR, "adder")
     assert {tap: leaf.shape[1:] for tap, leaf in features.items()} == {
         "stem": (32, 32, 128),
         "conv1": (32, 32, 128),
@@ -170,7 +189,7 @@ def test_vgg_taps_have_the_published_widths():
 
 @pytest.mark.parametrize("side", [28, 32])
 def test_lenet_takes_digits_of_both_sizes(side):
-    features = trace("lenet5", None, (1, side, side, 1), "adder")[0].features
+    features = responses("lenet5", None, (1, side, side, 1), "adder")
     assert {tap: leaf.shape[1:] for tap, leaf in features.items()} == {
         "stem": (28, 28, 6),
         "conv1": (10, 10, 16),

@@ -6,6 +6,10 @@ A user's own loss is the dotted path of a function that returns a `Distiller`.
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import optax
+from jax import lax
+
 from pkkd_jax import names
 
 
@@ -25,21 +29,61 @@ class Distiller(NamedTuple):
     apply: Callable[..., Any]
 
 
-def build(losses: Mapping[str, Any], module: str = "") -> dict[str, tuple[float, Distiller]]:
-    """Builds `config.distill`: maps each name to its weight and its `Distiller`.
+def gather(x: jax.Array, axis_name: str | None) -> jax.Array:
+    """The examples of all devices, `[global batch, ...]`, for losses that compare them."""
+    return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
+
+
+# What stands beside a loss's own keywords in `config.distill`.
+WEIGHT = {"weight": 1.0, "weight_schedule": "constant", "final_weight": 0.0}
+
+
+def schedule(
+    total_steps: int,
+    weight: float,
+    weight_schedule: str = "constant",
+    final_weight: float = 0.0,
+) -> optax.Schedule:
+    """Weight of a loss by step.
+
+    Args:
+      total_steps: of the training.
+      weight: at the start.
+      weight_schedule: "constant", or "linear" or "cosine" from `weight` to `final_weight`.
+      final_weight: at the end; unused if constant.
+    Raises:
+      UserError: for an unknown schedule; the message has the nearest right one.
+    """
+    change = final_weight - weight
+    kinds = {
+        "constant": lambda: optax.constant_schedule(weight),
+        "linear": lambda: optax.linear_schedule(weight, final_weight, total_steps),
+        "cosine": lambda: lambda step: (
+            final_weight - optax.cosine_decay_schedule(1.0, total_steps)(step) * change
+        ),
+    }
+    if weight_schedule not in kinds:
+        raise names.unknown("weight_schedule", weight_schedule, kinds)
+    return kinds[weight_schedule]()
+
+
+def build(
+    losses: Mapping[str, Any], total_steps: int, module: str = ""
+) -> dict[str, tuple[optax.Schedule, Distiller]]:
+    """Builds `config.distill`: maps each name to its weight by step and its `Distiller`.
 
     A dict without a weight is a module, the first part of a dotted name.
 
     Raises:
       UserError: for an unknown loss or keyword; the message has the nearest right one.
     """
-    built: dict[str, tuple[float, Distiller]] = {}
+    built: dict[str, tuple[optax.Schedule, Distiller]] = {}
     for key, arguments in losses.items():
         name = module + key
         if "weight" not in arguments:
-            built |= build(arguments, f"{name}.")
+            built |= build(arguments, total_steps, f"{name}.")
             continue
-        keywords = {key: value for key, value in arguments.items() if key != "weight"}
-        distiller = names.call("pkkd_jax.distill", name, "loss", **keywords)
-        built[name] = arguments["weight"], distiller
+        weight = schedule(total_steps, **{k: v for k, v in arguments.items() if k in WEIGHT})
+        keywords = {key: value for key, value in arguments.items() if key not in WEIGHT}
+        built[name] = weight, names.call("pkkd_jax.distill", name, "loss", **keywords)
     return built

@@ -1,14 +1,14 @@
 """Progressive kernel-based knowledge distillation: features matched in a kernel space."""
 
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pkkd_jax.distill import Distiller
-from pkkd_jax.names import UserError, unknown
+from pkkd_jax.distill.taps import pair_taps
+from pkkd_jax.names import UserError
 from pkkd_jax.ops.conv import sum_of_products
 
 __all__ = ["pkkd"]
@@ -16,19 +16,20 @@ __all__ = ["pkkd"]
 UNDERFLOW_EXAMPLES = 32  # the first of each device: an estimate needs no more
 
 
-def laplacian_kernel(z: jax.Array, log_sigma2: jax.Array, max_exponent: float) -> jax.Array:
-    """`exp(z / (2 sigma^2))` of `z = -||x - f||_1` in float32, exponent not below -max_exponent."""
-    exponent = z.astype(jnp.float32) / (2 * jnp.exp(log_sigma2))
-    return jnp.exp(jnp.maximum(exponent, -max_exponent))
+def kernel_of(z: jax.Array, log_sigma2: jax.Array, max_exponent: float) -> jax.Array:
+    """`exp(z / (2 sigma^2))` in float32, the exponent within +-max_exponent.
 
-
-def dot_product_kernel(z: jax.Array, log_sigma2: jax.Array, max_exponent: float) -> jax.Array:
-    """`exp(z / (2 sigma^2))` of `z = x * f` in float32, exponent within +-max_exponent.
-
-    It is the Gaussian kernel of patch and filter once their norms are divided out.
+    Of an adder's `z = -||x - f||_1` it is the Laplacian kernel of patch and filter; of `z = x * f`
+    the exponential dot-product kernel, which is the Gaussian once their norms are divided out.
     """
     exponent = z.astype(jnp.float32) / (2 * jnp.exp(log_sigma2))
     return jnp.exp(jnp.clip(exponent, -max_exponent, max_exponent))
+
+
+def first_sigma2(z: jax.Array) -> jax.Array:
+    """`mean |z| / 2` of an adder's responses, which are never positive; else `std(z) / 2`."""
+    z = z.astype(jnp.float32)
+    return jnp.where(z.max() <= 0, jnp.abs(z).mean(), z.std()) / 2
 
 
 def mean(z: jax.Array, axis_name: str | None) -> jax.Array:
@@ -70,37 +71,8 @@ def effective_rank(second: jax.Array) -> jax.Array:
     return jnp.square(jnp.trace(second)) / jnp.maximum(jnp.square(second).sum(), 1e-12)
 
 
-def select_taps(features, taps: str) -> list[str]:
-    """Names of the taps that `taps` stands for, in forward order; stem and penultimate never.
-
-    Args:
-      features: mapping whose keys are tap names.
-      taps: "all"; "block_ends", the last convolution of each block (each convolution of a network
-        without blocks); "stage_ends", the last of each stage; or names with commas between.
-    Raises:
-      UserError: for a name that is no tap; the message has the nearest right one.
-    """
-    inner = [t for t in features if t not in ("stem", "penultimate")]
-    if taps == "all":
-        return inner
-    if taps in ("block_ends", "stage_ends"):
-        pattern = r"(.*)\.conv\d+$" if taps == "block_ends" else r"(stage\d+)\..*\.conv\d+$"
-        last = {}
-        for tap in inner:
-            match = re.match(pattern, tap)
-            if match:
-                last[match.group(1)] = tap
-        return list(last.values()) or inner
-    chosen = [tap.strip() for tap in taps.split(",")]
-    for tap in chosen:
-        if tap not in features or tap == "penultimate":  # that one is no response of a convolution
-            known = {*features, "all", "block_ends", "stage_ends"} - {"penultimate"}
-            raise unknown("tap", tap, known)
-    return chosen
-
-
 def pkkd(
-    taps: str = "block_ends",
+    taps: str = "auto",
     kernel: bool = True,
     shared_sigma: bool = False,
     initial_sigma: float = 0.0,
@@ -111,7 +83,7 @@ def pkkd(
     batch_norm: bool = True,
     max_exponent: float = 30.0,
 ) -> Distiller:
-    """Matches responses of adder and ordinary convolutions after a kernel and a 1x1 convolution.
+    """Matches responses of two networks' convolutions after a kernel and a 1x1 convolution.
 
         h = exp(z_a / (2 sigma_a^2))        z_a = -||x_a - f_a||_1, the student's raw response
         g = exp(z_c / (2 sigma_c^2))        z_c = x_c * f_c, the teacher's
@@ -122,11 +94,11 @@ def pkkd(
     ranks. Everything here is float32, and nothing of it is left at inference.
 
     Args:
-      taps: "block_ends", "stage_ends", "all", or tap names with commas between.
+      taps: see `pkkd_jax.distill.taps.pair_taps`; height and width of a pair must agree.
       kernel: False compares the raw responses (the paper's NK rows).
       shared_sigma: one sigma for all taps of a network instead of one for each tap.
       initial_sigma: both sigmas at the start; 0 takes them from the first batch:
-        sigma_a^2 = mean |z_a| / 2 and sigma_c^2 = std(z_c) / 2.
+        sigma^2 = mean |z| / 2 of adders and std(z) / 2 of ordinary convolutions.
       learn_sigma_student: whether sigma_a learns.
       learn_sigma_teacher: whether sigma_c learns.
       learn_rho_student: whether rho_a has its 1x1 convolution.
@@ -150,23 +122,20 @@ def pkkd(
     learns = {"student": learn_rho_student, "teacher": learn_rho_teacher}
 
     def pairs(student, teacher):
-        chosen = select_taps(student.features, taps)
-        for tap in chosen:
-            a = student.features[tap].shape
-            c = teacher.features[tap].shape if tap in teacher.features else None
-            if c is None or a[:3] != c[:3] or (a[3] != c[3] and not any(learns.values())):
+        found = pair_taps("pkkd", student, teacher, taps, same="size")
+        for pair in found:
+            if not any(learns.values()) and pair.student.shape != pair.teacher.shape:
                 raise UserError(
-                    f"loss 'pkkd' at tap {tap!r}: the student's shape is {a}, the teacher's"
-                    f" {c or 'missing'}; choose taps that both have at one size, for example"
-                    " taps=stage_ends, or networks of one depth"
+                    f"loss 'pkkd' at tap {pair.name!r}: {pair.student.shape[-1]} channels of the"
+                    f" student, {pair.teacher.shape[-1]} of the teacher: a rho must learn, for"
+                    " example learn_rho_student=True"
                 )
-        return {tap: (student.features[tap], teacher.features[tap]) for tap in chosen}
+        return found
 
     def init(key, student, teacher):
         del key
-        found = pairs(student, teacher)
         params = {"rho": {}, "sigma": {}}
-        for tap, (z_a, z_c) in found.items():
+        for tap, z_a, z_c in pairs(student, teacher):
             channels_a, channels_c = z_a.shape[-1], z_c.shape[-1]
             rho = {}
             if learns["student"]:
@@ -175,10 +144,7 @@ def pkkd(
                 width = channels_c if learns["student"] else channels_a
                 rho["teacher"] = jnp.eye(channels_c, width)
             params["rho"][tap] = rho
-            sigma2 = {
-                "student": jnp.abs(z_a.astype(jnp.float32)).mean() / 2,
-                "teacher": z_c.astype(jnp.float32).std() / 2,
-            }
+            sigma2 = {"student": first_sigma2(z_a), "teacher": first_sigma2(z_c)}
             if initial_sigma:
                 sigma2 = dict.fromkeys(sigma2, jnp.float32(initial_sigma**2))
             params["sigma"][tap] = {side: jnp.log(v + 1e-12) for side, v in sigma2.items()}
@@ -189,9 +155,8 @@ def pkkd(
 
     @jax.default_matmul_precision("highest")  # differences of moments would magnify roundings
     def apply(params, student, teacher, axis_name):
-        found = pairs(student, teacher)
         losses, metrics = [], {}
-        for tap, (z_a, z_c) in found.items():
+        for tap, z_a, z_c in pairs(student, teacher):
             z_a, z_c = z_a.astype(jnp.float32), z_c.astype(jnp.float32)
             if kernel:
                 sigma = params["sigma"]["shared" if shared_sigma else tap]
@@ -201,8 +166,8 @@ def pkkd(
                 log_c = (
                     sigma["teacher"] if learn_sigma_teacher else lax.stop_gradient(sigma["teacher"])
                 )
-                z_a = laplacian_kernel(z_a, log_a, max_exponent)
-                z_c = dot_product_kernel(z_c, log_c, max_exponent)
+                z_a = kernel_of(z_a, log_a, max_exponent)
+                z_c = kernel_of(z_c, log_c, max_exponent)
                 floor = jnp.exp(jnp.float32(-max_exponent)) * (1 + 1e-5)
                 metrics[f"underflow/{tap}"] = (z_a[:UNDERFLOW_EXAMPLES] <= floor).mean()
                 metrics[f"sigma_student/{tap}"] = jnp.exp(log_a / 2)

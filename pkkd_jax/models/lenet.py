@@ -27,7 +27,7 @@ class LeNet5(Network, kw_only=True):
                 f"images of shape {images.shape}: lenet5 takes [batch, height, width, channels]"
                 " of 28x28 or 32x32; resize the images or choose resnet_cifar"
             )
-        ordinary, conv, norm = self.layers(train)
+        ordinary, conv, norm, activation = self.layers(train)
         plan = [
             ("stem", ordinary, 6, 5, 2 if images.shape[1] == 28 else 0),
             ("conv1", conv, 16, 5, 0),
@@ -43,7 +43,7 @@ class LeNet5(Network, kw_only=True):
                 padding=padding,
                 name=name,
             )(x)
-            x = linen.relu(norm(name=f"{name}_bn")(x))
+            x = features[f"{name}.out"] = activation(norm(name=f"{name}_bn")(x))
             if name in ("stem", "conv1"):
                 x = max_pool(x)
         return self.classify(x.reshape(len(x), -1), features, train=train)

@@ -89,7 +89,8 @@ def resnet_imagenet(
 class Block(linen.Module):
     """Residual block: conv-bn-relu-conv-bn-add-relu, with a convolution more if `bottleneck`.
 
-    Called on `[batch, height, width, c]`, it returns the block's output and its taps.
+    Called on `[batch, height, width, c]`, it returns the block's output and its taps, that output
+    among them as "out".
     """
 
     features: int
@@ -97,6 +98,7 @@ class Block(linen.Module):
     bottleneck: bool
     conv: Callable
     norm: Callable
+    activation: Callable
 
     @linen.compact
     def __call__(self, x: Array) -> tuple[Array, dict[str, Array]]:
@@ -118,10 +120,11 @@ class Block(linen.Module):
 
         y = x
         for i, shape in enumerate(shapes, 1):
-            y = conv_norm(linen.relu(y) if i > 1 else y, f"conv{i}", *shape)
+            y = conv_norm(self.activation(y) if i > 1 else y, f"conv{i}", *shape)
         if x.shape != y.shape:
             x = conv_norm(x, "shortcut", 1, y.shape[-1], self.strides)
-        return linen.relu(x + y), taps
+        taps["out"] = self.activation(x + y)
+        return taps["out"], taps
 
 
 class ResNet(Network, kw_only=True):
@@ -144,11 +147,11 @@ class ResNet(Network, kw_only=True):
     @linen.compact
     def __call__(self, images: Array, *, train: bool) -> Outputs:
         check_images(images, 2 ** (len(self.stage_sizes) - 1) * (4 if self.large_stem else 1))
-        ordinary, conv, norm = self.layers(train)
+        ordinary, conv, norm, activation = self.layers(train)
         size, strides = (7, 2) if self.large_stem else (3, 1)
         x = ordinary(self.width, (size, size), strides, padding=size // 2, name="stem")(images)
         features = {"stem": x}
-        x = linen.relu(norm(name="stem_bn")(x))
+        x = features["stem.out"] = activation(norm(name="stem_bn")(x))
         if self.large_stem:
             x = linen.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
         for stage, blocks in enumerate(self.stage_sizes, 1):
@@ -159,6 +162,7 @@ class ResNet(Network, kw_only=True):
                     bottleneck=self.bottleneck,
                     conv=conv,
                     norm=norm,
+                    activation=activation,
                     name=f"stage{stage}_block{block}",
                 )(x)
                 features |= {f"stage{stage}.block{block}.{tap}": y for tap, y in taps.items()}

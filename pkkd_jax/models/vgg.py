@@ -14,14 +14,14 @@ class VGGSmall(Network):
     @linen.compact
     def __call__(self, images: Array, *, train: bool) -> Outputs:
         check_images(images, 8)
-        ordinary, conv, norm = self.layers(train)
+        ordinary, conv, norm, activation = self.layers(train)
         features, x = {}, images
         for i, width in enumerate((128, 128, 256, 256, 512, 512)):
             name, layer = (f"conv{i}", conv) if i else ("stem", ordinary)
             x = features[name] = layer(
                 features=width, kernel_size=(3, 3), strides=(1, 1), padding=1, name=name
             )(x)
-            x = linen.relu(norm(name=f"{name}_bn")(x))
+            x = features[f"{name}.out"] = activation(norm(name=f"{name}_bn")(x))
             if i % 2:
                 x = max_pool(x)
         return self.classify(x.reshape(len(x), -1), features, train=train)

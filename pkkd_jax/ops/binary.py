@@ -1,0 +1,93 @@
+"""One-bit convolutions: signs of activations and filters, with surrogate gradients."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+from jax import Array
+
+from pkkd_jax.ops.conv import conv_general_dilated
+
+
+def sign(x: Array) -> Array:
+    """1 where `x >= 0`, else -1; its gradient is passed straight through where `|x| <= 1`.
+
+    References:
+      Hubara et al., Binarized Neural Networks, NeurIPS 2016, Eq. 4.
+    """
+    clipped = jnp.clip(x, -1, 1)
+    return clipped + jax.lax.stop_gradient(jnp.where(x >= 0, 1, -1).astype(x.dtype) - clipped)
+
+
+def binary_conv(x: Array, w: Array, *arguments, **keywords) -> Array:
+    """`lax.conv_general_dilated` of signs, every filter scaled by its mean magnitude.
+
+        y = (sign(x) * sign(w)) a,   a[o] = mean over u, v, c of |w[u, v, c, o]|
+
+    A padded place is 0, and adds nothing. Arguments are those of `lax.conv_general_dilated`.
+
+    References:
+      Rastegari et al., XNOR-Net, ECCV 2016, Eqs. 6-9, without the scale of the activations.
+    """
+    scale = jnp.abs(w).mean((0, 1, 2))
+    return conv_general_dilated(sign(x), sign(w) * scale, *arguments, **keywords)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def project(w: Array, projection: Array, weight: float, rate: float) -> Array:
+    """The nearest one-bit filters: `a sign(p w)`, a the layer's mean `|w|`, p the projection's mean.
+
+    The gradient of what follows, d, and that of the projection loss
+    `weight / 2 ||projection (w + rate d) - result||^2` reach both arguments:
+
+        dw = d 1[|projection w| <= 1] projection + weight (projection (w + rate d) - result) projection
+        dprojection = sum over channels and filters of the same with `w` and `w + rate d` in the
+        place of the last `projection`
+
+    Args:
+      w: `[kh, kw, c_in, c_out]`.
+      projection: `[kh, kw]`, the same for every channel and filter.
+      weight: of the projection loss.
+      rate: at which d moves `w` in it.
+    References:
+      Gu et al., Projection Convolutional Neural Networks for 1-bit CNNs, AAAI 2019, one projection.
+    """
+    signs = jnp.where(projection.mean() * w >= 0, 1, -1)
+    return (jnp.abs(w).mean() * signs).astype(w.dtype)
+
+
+def _project_fwd(w, projection, weight, rate):
+    result = project(w, projection, weight, rate)
+    return result, (w, projection, result)
+
+
+def _project_bwd(weight, rate, residuals, d):
+    w, projection, result = residuals
+    p = projection[:, :, None, None]
+    passed = d * (jnp.abs(p * w) <= 1)
+    moved = w + rate * d
+    missed = weight * (p * moved - result)
+    return (passed + missed) * p, (passed * w + missed * moved).sum((2, 3))
+
+
+project.defvjp(_project_fwd, _project_bwd)
+
+
+class ProjectionConv(linen.Module):
+    """`lax.conv_general_dilated` of signs and projected filters, see `project`.
+
+    Attributes:
+      weight: of the projection loss.
+      rate: at which the gradient moves the filters in it.
+    """
+
+    weight: float = 1e-4
+    rate: float = 0.1
+
+    @linen.compact
+    def __call__(self, x: Array, w: Array, *arguments, **keywords) -> Array:
+        ones = linen.initializers.ones_init()
+        projection = self.param("projection", ones, w.shape[:2])
+        projected = project(w, projection.astype(w.dtype), self.weight, self.rate)
+        return conv_general_dilated(sign(x), projected, *arguments, **keywords)

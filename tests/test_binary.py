@@ -1,0 +1,87 @@
+"""One-bit convolutions against float64 formulations, and their surrogate gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pkkd_jax import models
+from pkkd_jax.ops import binary
+
+
+def convolve(x, w):
+    """A float64 convolution without padding."""
+    kh, kw = w.shape[:2]
+    rows, columns = x.shape[1] - kh + 1, x.shape[2] - kw + 1
+    y = np.zeros((len(x), rows, columns, w.shape[3]))
+    for i in range(rows):
+        for j in range(columns):
+            y[:, i, j] = np.tensordot(x[:, i : i + kh, j : j + kw], w, 3)
+    return y
+
+
+def signs(x):
+    return np.where(x >= 0, 1.0, -1.0)
+
+
+@pytest.fixture
+def operands():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(2, 6, 5, 3)), rng.normal(size=(3, 2, 3, 4)) * 0.7
+
+
+NUMBERS = ("NHWC", "HWIO", "NHWC")
+
+
+def test_a_binary_convolution_equals_the_float64_formulation(operands):
+    x, w = operands
+    found = binary.binary_conv(
+        jnp.float32(x), jnp.float32(w), (1, 1), "VALID", dimension_numbers=NUMBERS
+    )
+    wanted = convolve(signs(x), signs(w) * np.abs(w).mean((0, 1, 2)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_passes_the_sign_where_the_activation_is_within_one():
+    x = jnp.array([-2.0, -0.5, 0.0, 0.5, 2.0])
+    np.testing.assert_array_equal(binary.sign(x), [-1, -1, 1, 1, 1])
+    gradient = jax.vjp(binary.sign, x)[1](jnp.full(5, 3.0))[0]
+    np.testing.assert_array_equal(gradient, [0, 3, 3, 3, 0])
+
+
+def test_projected_filters_take_two_values(operands):
+    w = operands[1]
+    found = binary.project(jnp.float32(w), jnp.ones((3, 2)), 1e-4, 0.1)
+    np.testing.assert_allclose(found, np.abs(w).mean() * signs(w), rtol=1e-6)
+
+
+def test_the_gradient_of_the_projection_loss_reaches_filters_and_projection(operands):
+    """Without a gradient from behind, it is the derivative of the loss with its result held."""
+    w, p = jnp.float32(operands[1]), jnp.linspace(0.5, 1.5, 6).reshape(3, 2)
+
+    def loss(w, p, result):
+        return 0.3 / 2 * jnp.square(p[:, :, None, None] * w - result).sum()
+
+    result, vjp = jax.vjp(lambda w, p: binary.project(w, p, 0.3, 0.1), w, p)
+    wanted = jax.grad(loss, (0, 1))(w, p, result)
+    for a, b in zip(vjp(jnp.zeros_like(result)), wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("conv", ["binary", "pcnn"])
+def test_a_one_bit_network_sees_both_signs_and_learns_in_every_layer(conv):
+    model = models.build("resnet_cifar", depth=8, num_classes=10, conv=conv)
+    images = jax.random.normal(jax.random.key(0), (4, 16, 16, 3))
+    variables = model.init(jax.random.key(1), images, train=False)
+
+    def loss(params):
+        outputs, _ = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.square(outputs.logits[:, 0] - 1).mean(), outputs.features
+
+    gradient, features = jax.grad(loss, has_aux=True)(variables["params"])
+    assert float(features["stage1.block1.out"].min()) < 0
+    flat = jax.tree_util.tree_leaves_with_path(gradient)
+    assert any("projection" in str(path) for path, _ in flat) == (conv == "pcnn")
+    assert all(float(jnp.abs(leaf).max()) > 0 for path, leaf in flat if "kernel" in str(path))
