@@ -24,7 +24,8 @@ def base() -> ConfigDict:
     config.steps = 0  # replaces epochs where above 0
     config.dtype = "float32"  # of the computation, or "bfloat16"
     config.accumulate_steps = 1  # micro-batches that make one step
-    config.data = dict(name="cifar10", data_dir="")
+    # `validation`: training images that are held out, and judge in the place of the test images.
+    config.data = dict(name="cifar10", data_dir="", validation=0)
     config.workers = 0  # processes that decode images; 0: threads of this one
     config.student = dict(name="resnet_cifar", depth=20, conv="adder", dropout=0.0)
     config.teacher = dict(
@@ -108,7 +109,8 @@ def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
         elif key == "data":
             leaves = _defaults(names.resolve("pkkd_jax.data.sources", value, "data set"))
             leaves.pop("split", None)
-            config.data = {**leaves, "name": value, "data_dir": config.data.data_dir}
+            old = {key: config.data[key] for key in ("data_dir", "validation")}
+            config.data = {**leaves, **old, "name": value}
         else:
             if key == "optim":
                 function, kept = optim.optimiser(value), inspect.signature(optim.build).parameters

@@ -8,7 +8,6 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import argparse
-import dataclasses
 import inspect
 import json
 import sys
@@ -39,7 +38,8 @@ def evaluate(
         that keyword; the run's own if "".
       data_dir: where its files are; the run's own place if "".
       batch_size: over all devices; the run's own if 0.
-      split: "test" or "train", whose images are then not augmented either.
+      split: "test"; "train", whose images are then not augmented either; or "validation", what the
+        run held out.
       trust: whether networks and data from outside the package, which the run names, are imported.
     Returns:
       `<split>/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
@@ -61,10 +61,15 @@ def evaluate(
         )
     if data_dir:
         arguments["data_dir"] = data_dir
-    sources = [data.build_source(split, **arguments) for split in ("train", "test")]
+    if split == "validation" and not arguments.get("validation"):
+        raise names.UserError(
+            f"split='validation': the run in {str(run_dir)!r} held out nothing of"
+            f" {arguments['name']!r}; choose test or train"
+        )
+    sources = [data.build_source(each, **arguments) for each in ("train", split)]
     size = batch_size or config["batch_size"]
     size = -(-size // jax.device_count()) * jax.device_count()
-    splits = experiment.Splits(*sources, size, config["seed"], config["workers"])
+    splits = experiment.Splits(*sources, split, size, config["seed"], config["workers"])
     networks, variables = {}, {}
     for which in ("student", "teacher"):
         keywords = checkpoint.network_arguments(config, which)
@@ -78,11 +83,8 @@ def evaluate(
             f"data set {arguments['name']!r} has {splits.train.num_classes} classes, the networks"
             f" {config['num_classes']}"
         )
-    if split == "train":
-        splits = dataclasses.replace(splits, test=splits.train)
     recalibrate_batches = config["eval"]["recalibrate_batches"]
-    figures = train.evaluate_networks(networks, variables, splits, recalibrate_batches, {})
-    return {key.replace("test", split, 1): value for key, value in figures.items()}
+    return train.evaluate_networks(networks, variables, splits, recalibrate_batches, {})
 
 
 def _check_images(model, variables, shape: tuple[int, ...], name: str) -> None:
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", help="directory that a training wrote")
     parser.add_argument("--data", default="", help="another data set")
     parser.add_argument("--data_dir", default="", help="where the data set's files are")
-    parser.add_argument("--split", default="test", choices=("test", "train"))
+    parser.add_argument("--split", default="test", choices=("test", "train", "validation"))
     parser.add_argument("--step", default="last", help="last, best, or a saved step")
     parser.add_argument(
         "--trust", action="store_true", help="import the run's networks and data of your own"

@@ -43,6 +43,7 @@ class Splits:
     Attributes:
       train: images to learn from, and to recalibrate BatchNorm with.
       test: images to evaluate on.
+      judge: what they are, "test" or "validation", the first word of their figures.
       batch_size: over all devices.
       seed: of the order of training images and of their crops.
       workers: processes that decode images.
@@ -50,6 +51,7 @@ class Splits:
 
     train: data.Source
     test: data.Source
+    judge: str
     batch_size: int
     seed: int
     workers: int
@@ -122,7 +124,8 @@ def build(config: ConfigDict) -> Experiment:
     plain = config_lib.to_json(config)
     _check(plain)
     train = data.build_source("train", **plain["data"])
-    test = data.build_source("test", **plain["data"])
+    judge = "validation" if plain["data"].setdefault("validation", 0) else "test"
+    test = data.build_source(judge, **plain["data"])
     plain["num_classes"] = train.num_classes
     networks, parameters = {"teacher": None}, {}
     for which in ("student", "teacher"):
@@ -133,7 +136,7 @@ def build(config: ConfigDict) -> Experiment:
     teacher, mode = networks["teacher"], plain["teacher"]["mode"]
     teacher_variables = _fixed_teacher(plain, teacher) if mode == "fixed" else None
     batch_size = plain["batch_size"]
-    splits = Splits(train, test, batch_size, plain["seed"], plain["workers"])
+    splits = Splits(train, test, judge, batch_size, plain["seed"], plain["workers"])
     steps_per_epoch = len(train) / batch_size
     total = plain["steps"] or max(1, int(plain["epochs"] * steps_per_epoch))
     every = max(1, round(plain["eval"]["every_epochs"] * steps_per_epoch))
@@ -252,7 +255,7 @@ def describe(experiment: Experiment, step: int, workdir: Path) -> dict:
         "devices": f"{jax.device_count()} {jax.default_backend()} ({', '.join(kinds)}),"
         f" adder op: {adder.implementation()}",
         "data": f"{config['data']['name']}, {len(train):,} train and"
-        f" {len(test):,} test images of {'x'.join(map(str, train.image_shape))},"
+        f" {len(test):,} {experiment.splits.judge} images of {'x'.join(map(str, train.image_shape))},"
         f" {train.num_classes} classes",
         "student": network("student"),
         "teacher": network("teacher"),

@@ -102,8 +102,9 @@ def _progress(figures: dict) -> list[str]:
         if f"train/{network}/loss" in figures:
             text = f"{network} loss {figures[f'train/{network}/loss']:.3f}"
             text += f" acc {figures[f'train/{network}/accuracy']:.1%}"
-            if f"test/{network}/accuracy" in figures:
-                text += f" test {figures[f'test/{network}/accuracy']:.1%}"
+            for split in ("test", "validation"):
+                if f"{split}/{network}/accuracy" in figures:
+                    text += f" {split} {figures[f'{split}/{network}/accuracy']:.1%}"
             parts.append(text)
     return parts
 
@@ -122,9 +123,10 @@ def _show_progress(figures: dict, shown: list[str]) -> None:
 
 def _print_results(run_dir: Path, results: dict) -> None:
     rows = [("", "accuracy", "top-5", "loss", "uncalibrated accuracy")]
+    split = "test" if "test/student/accuracy" in results else "validation"
     for network in ("teacher", "student"):
-        if f"test/{network}/accuracy" in results:
-            get = lambda what, network=network: results[f"test/{network}/{what}"]  # noqa: E731
+        if f"{split}/{network}/accuracy" in results:
+            get = lambda what, network=network: results[f"{split}/{network}/{what}"]  # noqa: E731
             rows.append(
                 (
                     network,
@@ -135,7 +137,7 @@ def _print_results(run_dir: Path, results: dict) -> None:
                 )
             )
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    print(f"\nTest results after {results['steps']:,} steps ({_duration(results['wall_s'])}):")
+    print(f"\n{split.capitalize()} results after {results['steps']:,} steps ({_duration(results['wall_s'])}):")
     for row in rows:
         cells = [
             row[0].ljust(widths[0]),

@@ -110,7 +110,7 @@ def evaluate_networks(
     mapped: dict,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Test figures of networks, with recalibrated and with running BatchNorm statistics.
+    """Figures of networks on unseen images, with recalibrated and with running BatchNorm statistics.
 
     Args:
       networks: name to model.
@@ -120,7 +120,7 @@ def evaluate_networks(
       mapped: compiled functions by name, kept from call to call; `{}` at first.
       between: called before each batch; may raise to stop the evaluation.
     Returns:
-      `test/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
+      `<splits.judge>/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
     """
     mean, std = splits.train.mean, splits.train.std
     for name, model in networks.items():
@@ -151,8 +151,9 @@ def evaluate_networks(
     figures = {}
     for name in networks:
         raw = found[f"{name}/uncalibrated"]
-        figures |= {f"test/{name}/{key}": value for key, value in found.get(name, raw).items()}
-        figures |= {f"test/{name}/{key}_uncalibrated": value for key, value in raw.items()}
+        path = f"{splits.judge}/{name}"
+        figures |= {f"{path}/{key}": value for key, value in found.get(name, raw).items()}
+        figures |= {f"{path}/{key}_uncalibrated": value for key, value in raw.items()}
     return figures
 
 
@@ -294,8 +295,9 @@ def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
             raise diverged(str(error)) from error
 
     results: dict = {}
+    judged = f"{built.splits.judge}/student/accuracy"
     with _signals(at_signal) as received:
-        if step in built.eval_steps and "test/student/accuracy" not in last:
+        if step in built.eval_steps and judged not in last:
             results = evaluate()  # a signal had cut it off
         for batch in built.splits.train_batches(step, total, config["accumulate_steps"]):
             state, row = update(state, batch)
@@ -311,7 +313,7 @@ def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
             if evaluates:
                 results = evaluate()
             if saves:
-                save(results["test/student/accuracy"] if evaluates else None)
+                save(results[judged] if evaluates else None)
         results = results or evaluate()
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     versions["pkkd_jax"] = metadata.version("pkkd_jax")

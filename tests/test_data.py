@@ -338,3 +338,22 @@ def test_the_package_imports_without_tensorflow():
         "assert 'tensorflow' not in sys.modules; assert 'tensorflow_datasets' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_validation_images_are_held_out_of_the_training_ones():
+    def found(split, **keywords):
+        source = data.build_source(split, name="digits", **keywords)
+        return [source.images[i].tobytes() for i in range(len(source))]
+
+    everything = found("train")
+    train, held_out = (found(split, validation=200) for split in ("train", "validation"))
+    assert len(held_out) == 200
+    assert sorted([*train, *held_out]) == sorted(everything)
+    assert held_out == found("validation", validation=200)
+    assert found("test", validation=200) == found("test")
+
+
+@pytest.mark.parametrize("validation", [-1, 1437])
+def test_more_validation_images_than_there_are_is_refused(validation):
+    with pytest.raises(UserError, match=rf"validation={validation}.*1437 training images"):
+        data.build_source("validation", name="digits", validation=validation)

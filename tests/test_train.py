@@ -241,6 +241,31 @@ def test_a_network_trains_without_a_teacher(tmp_path, capsys):
     assert "teacher    none" in capsys.readouterr().out
 
 
+def test_held_out_images_judge_in_the_place_of_the_test_images(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    assert main.main(command(run_dir, "--config.data.validation=100")) == 0
+    results = json.loads((run_dir / "results.json").read_text())
+    assert "validation/student/accuracy" in results
+    assert not any(key.startswith("test/") for key in results)
+    assert "100 validation images" in (shown := capsys.readouterr().out)
+    assert "Validation results after 12 steps" in shown
+    figures = evaluate.evaluate(run_dir, split="validation")
+    assert figures["validation/student/accuracy"] == results["validation/student/accuracy"]
+    assert "test/student/accuracy" in evaluate.evaluate(run_dir)
+
+
+def test_a_snapshot_run_keeps_two_networks_of_one_kind(tmp_path, capsys):
+    snapshot = ["--config.teacher.mode=snapshot", "--config.optim.cycles=3"]
+    arguments = command(tmp_path / "run", *snapshot)
+    arguments[1] += ":distill=kd"
+    assert main.main(arguments) == 0
+    assert "the student as it was after each of 3 cycles" in capsys.readouterr().out
+    _, parts, _ = final(tmp_path / "run")
+    for key, value in parts["student"].items():
+        if not key.startswith("opt_state"):
+            np.testing.assert_array_equal(parts["teacher"][key], value)
+
+
 def test_curves_are_a_picture(finished):
     path = curves.save(finished[0])
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -338,10 +363,17 @@ MISTAKES = {
     "optimiser that wants more": ([f"--config={QUICKSTART}:optim=lbfgs"], "'lbfgs'"),
     "config file without its folder": (["--config=quickstart.py"], "configs/quickstart.py"),
     "module of the user's own": ([f"--config={QUICKSTART}:distill=broken.loss"], "broken.py:1"),
-    "tap that is no response": (["--config.distill.pkkd.taps=penultimate"], "'penultimate'"),
+    "tap that is no response": (["--config.distill.pkkd.taps=penultimate"], "penultimate is"),
     "image shape": (["--config.student.name=resnet_imagenet", "--config.student.depth=18"], "8, 8"),
     "dtype": (["--config.dtype=float16"], "'float16'"),
     "teacher mode": (["--config.teacher.mode=progresive"], "did you mean 'progressive'"),
+    "snapshots without cycles": (["--config.teacher.mode=snapshot"], "config.optim.cycles=1"),
+    "weight schedule": (["--config.distill.kd.weight_schedule=cosin"], "did you mean 'cosine'"),
+    "too many images held out": (["--config.data.validation=1437"], "validation=1437"),
+    "networks that do not pair": (
+        ["--config.teacher.depth=20", "--config.distill.pkkd.taps=block_ends"],
+        "3 of the student",
+    ),
     "teacher without directory": (["--config.teacher.mode=fixed"], "config.teacher.run_dir"),
     "teacher's directory missing": (
         ["--config.teacher.mode=fixed", "--config.teacher.run_dir=/nowhere"],

@@ -146,6 +146,33 @@ def test_a_fixed_teacher_does_not_move():
     assert np.isfinite(metrics["student/loss_mid"])
 
 
+def test_a_snapshot_teacher_is_the_student_of_the_last_cycle():
+    adder = recipe().student
+    snapshot = recipe(
+        teacher=adder, teacher_learns=False, losses={"kd": (1.0, kd())}, snapshot_steps=2
+    )
+    alone = recipe(teacher=None, losses={})
+    start = jax.device_get(update.init_state(snapshot, examples()[0]))
+    after = {steps: run(snapshot, start, steps=steps)[0] for steps in (1, 2, 3)}
+    assert_equal(after[1].teacher.variables, start.teacher.variables)
+    assert_equal(after[2].teacher.variables, after[2].student.variables)
+    assert_equal(after[3].teacher.variables, after[2].student.variables)
+    assert differs(after[3].student.params, after[2].student.params)
+    # In the first cycle it learns from the labels alone.
+    start = start.replace(teacher=None)
+    assert_close(run(alone, start)[0].student, after[2].student, 1e-5)
+
+
+def test_a_weight_by_step_is_that_of_the_step():
+    ramp = recipe(losses={"kd": (lambda step: jnp.where(step < 1, 0.0, 1.0), kd())})
+    constant = {weight: recipe(losses={"kd": (weight, kd())}) for weight in (0.0, 1.0)}
+    start = jax.device_get(update.init_state(ramp, examples()[0]))
+    one = run(ramp, start, steps=1)[0]
+    assert_close(one.student, run(constant[0.0], start, steps=1)[0].student, 1e-6)
+    two = run(ramp, start, steps=2)[0]
+    assert_close(two.student, run(constant[1.0], one, steps=1)[0].student, 1e-6)
+
+
 def test_a_network_trains_alone():
     alone = recipe(teacher=None, losses={})
     state = jax.device_get(update.init_state(alone, examples()[0]))

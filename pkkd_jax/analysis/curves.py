@@ -8,7 +8,7 @@ COLOURS = {"student": "#0072B2", "teacher": "#D55E00"}  # Okabe and Ito: safe fo
 
 
 def save(run_dir: str | Path) -> Path:
-    """Draws `curves.png` in a run directory: cross-entropy and accuracy by step, train and test.
+    """Draws `curves.png` in a run directory: cross-entropy and accuracy by step, seen and unseen.
 
     Args:
       run_dir: holds `metrics.jsonl`.
@@ -24,7 +24,7 @@ def save(run_dir: str | Path) -> Path:
     loss, accuracy = figure.subplots(1, 2)
     for network, colour in COLOURS.items():
         for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
-            for split, style in (("train", "-"), ("test", "o--")):
+            for split, style in (("train", "-"), ("test", "o--"), ("validation", "o--")):
                 name = f"{split}/{network}/{what}"
                 if name == "train/student/loss":
                     name += "_ce"  # comparable with the other three: without the distillation

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pkkd_jax import names
-from pkkd_jax.data.arrays import ArraySource
+from pkkd_jax.data.arrays import ArraySource, Part
 from pkkd_jax.data.augment import AUGMENTATIONS, augment, normalise
 from pkkd_jax.data.pipeline import eval_batches, example, first_examples, train_batches
 
@@ -48,20 +48,31 @@ class Source(Protocol):
         """`{"image": uint8 [height, width, channels] or a PIL image, "label": int}`."""
 
 
-def build_source(split: str, *, name: str, **arguments: Any) -> Source:
+def build_source(split: str, *, name: str, validation: int = 0, **arguments: Any) -> Source:
     """The data source that a config calls `name`; images that all have one size are in memory.
 
     Args:
-      split: "train" or "test".
+      split: "train"; "test"; or "validation", training images that "train" then lacks.
       name: a function in `pkkd_jax.data.sources`, or a dotted path.
+      validation: number of those; the same ones always.
       **arguments: for it; `data_dir` is where its files are, "" for the usual place.
     Raises:
       UserError: if there is no such source or it does not take these arguments, or its files are
         not there.
     """
-    source = names.call("pkkd_jax.data.sources", name, "data set", split=split, **arguments)
+    whole = "test" if split == "test" else "train"
+    source = names.call("pkkd_jax.data.sources", name, "data set", split=whole, **arguments)
     if source.augmentation not in AUGMENTATIONS:
         raise names.unknown("augmentation", source.augmentation, AUGMENTATIONS)
+    if validation and whole == "train":
+        if not 0 < validation < len(source):
+            raise names.UserError(
+                f"config.data.validation={validation}: it must be from 0 (the test images judge) to"
+                f" below the {len(source)} training images of {name!r}"
+            )
+        order = np.random.default_rng(0).permutation(len(source))
+        chosen = order[:validation] if split == "validation" else order[validation:]
+        source = Part(source, np.sort(chosen))
     if source.augmentation == "resized_crop" or hasattr(source, "arrays"):
         return source
     examples = [example(source, i) for i in range(len(source))]

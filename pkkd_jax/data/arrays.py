@@ -1,4 +1,4 @@
-"""A source whose images are in memory already."""
+"""Sources made of arrays, and of parts of other sources."""
 
 import dataclasses
 
@@ -30,3 +30,18 @@ class ArraySource:
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Everything at once."""
         return self.images, self.labels
+
+
+class Part:
+    """The examples of `source` at `indices`, as a `data.Source`."""
+
+    def __init__(self, source, indices: np.ndarray):
+        self._source, self._indices = source, indices
+        for name in ("num_classes", "image_shape", "mean", "std", "augmentation"):
+            setattr(self, name, getattr(source, name))
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> dict:
+        return self._source[int(self._indices[index])]
