@@ -1,0 +1,117 @@
+"""A table's finished cells as Markdown, and as a plot."""
+
+import math
+import statistics
+import subprocess
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).parent
+COLOURS = {"ours": "#0072B2", "published": "#D55E00"}  # Okabe and Ito: safe for colour-blind eyes
+
+
+def published(table: str, row: str, column: str) -> list[tuple[float, str]]:
+    """Published accuracies in percent, each with the key of its source."""
+    figures = tomllib.loads((HERE / "published.toml").read_text())
+    return [tuple(each) for each in figures.get(table, {}).get(row, {}).get(column, [])]
+
+
+def _spread(values: list[float], digits: int = 2) -> str:
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
+        return ""
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no commit"
+
+
+def markdown(table: dict, found: dict, command: str) -> str:
+    """The table, and below it where its figures come from."""
+    sources, lines = {}, []
+    names = tomllib.loads((HERE / "published.toml").read_text())["sources"]
+    for column in table["columns"]:
+        lines += [
+            f"**{column}**",
+            "",
+            "| | KD added | accuracy, % | as trained, % | teacher, % | published, % | runs"
+            " | images/s |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in table["rows"]:
+            cells = found[row, column]
+            figures = published(table["name"], row, column)
+            sources |= {source: len(sources) + 1 for _, source in figures if source not in sources}
+            values = [
+                row,
+                ("yes" if cells[0]["kd"] else "no") if cells else "",
+                *(_spread([c[key] for c in cells]) for key in ("accuracy", "uncalibrated")),
+                _spread([c["teacher"] for c in cells]),
+                ", ".join(f"{value:.2f} [{sources[source]}]" for value, source in figures),
+                str(len(cells)),
+                _spread([c["images_per_s"] for c in cells], 0),
+            ]
+            lines.append(f"| {' | '.join(values)} |")
+        lines.append("")
+    every = [cell for cells in found.values() for cell in cells]
+    text = [f"# {table['title']}", "", *lines]
+    if every:
+        judges = sorted({f"{cell['judge']} images" for cell in every})
+        text += [
+            f"Accuracy of the student on {' or '.join(judges)}, BatchNorm's statistics recalibrated"
+            " (as trained: not); mean ± standard deviation over runs.",
+            "",
+            *(f"[{number}] {names[source]}." for source, number in sources.items()),
+            "",
+            f"- `{command}`",
+            f"- commit {_commit()}",
+            *_all("versions", [" ".join(f"{k} {v}" for k, v in c["versions"].items()) for c in every]),
+            *_all("device", [cell["device"] for cell in every]),
+            *_all("schedule", [f"{c['steps']} steps of {c['batch_size']} images" for c in every]),
+            f"- wall time {sum(cell['wall_s'] for cell in every) / 3600:.2f} h, {len(every)} runs",
+        ]
+    return "\n".join(text) + "\n"
+
+
+def _all(what: str, values: list[str]) -> list[str]:
+    return [f"- {what}: {'; '.join(sorted(set(values)))}"]
+
+
+def plot(table: dict, found: dict, path: Path) -> None:
+    """Accuracy of each row, with what was published beside it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns, rows = table["columns"], list(table["rows"])
+    size = 3 + 4 * len(columns), 1.2 + 0.35 * len(rows)
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    for column, axes in zip(columns, figure.subplots(1, len(columns), squeeze=False)[0], strict=True):
+        for y, row in enumerate(rows):
+            values = [cell["accuracy"] for cell in found[row, column]]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else 0
+                mean = statistics.mean(values)
+                axes.errorbar(mean, y, xerr=spread, fmt="o", color=COLOURS["ours"])
+            for value, _ in published(table["name"], row, column):
+                axes.plot(value, y, "D", mfc="none", color=COLOURS["published"])
+        axes.set(xlabel=f"accuracy on {column} (%)", yticks=range(len(rows)), ylim=(len(rows), -1))
+        axes.set_yticklabels(rows if column == columns[0] else [])
+        axes.grid(alpha=0.3)
+    figure.suptitle(f"{table['title']}\nfilled: here, open: published", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def write(path: Path, table: dict, found: dict, command: str) -> str:
+    """Writes `path.md` and `path.png`, and returns the Markdown."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = markdown(table, found, command)
+    path.with_suffix(".md").write_text(text)
+    plot(table, found, path.with_suffix(".png"))
+    return text

@@ -1,0 +1,186 @@
+"""Runs a table: every row with every seed, and a Markdown table and a plot of what came out.
+
+python -m experiments.table NAME [--seeds=3] [--epochs=30] [--data_dir=DIR] [--config.LEAF=VALUE]
+
+Tables stand in tables.toml, what was published in published.toml. A cell is an ordinary run
+directory, which tables share: a stopped table goes on, and what is finished is not run again.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+from experiments import report
+from pkkd_jax import metrics
+from pkkd_jax.names import UserError, unknown
+
+HERE = Path(__file__).parent
+DEFAULTS = {"columns": ["cifar10"], "config": "resnet20"}
+ROW = {"argument": "", "set": {}, "teacher": "", "published_only": False}
+
+
+def load(name: str) -> dict:
+    """The table `name`: title, columns and rows, each row complete.
+
+    Raises:
+      UserError: for an unknown table, or a row whose teacher is no row above it.
+    """
+    tables = tomllib.loads((HERE / "tables.toml").read_text())
+    if name not in tables:
+        raise unknown("table", name, tables)
+    table = {**DEFAULTS, **tables[name]}
+    shared = {"config": table["config"], "set": table.get("set", {})}
+    rows: dict[str, dict] = {}
+    for row in table["rows"]:
+        found = {**ROW, **shared, **row, "set": {**shared["set"], **row.get("set", {})}}
+        if found["teacher"] and found["teacher"] not in rows:
+            raise unknown(f"teacher of row {row['name']!r},", found["teacher"], rows)
+        rows[row["name"]] = found
+    return {"name": name, "title": table["title"], "columns": table["columns"], "rows": rows}
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
+
+
+class Cells:
+    """Where the cells of a table are, and the commands that make them.
+
+    Attributes:
+      out: directory of all cells.
+      leaves: arguments `--config.LEAF=VALUE` for every cell.
+      epochs: 0 for those of the configuration.
+      data_dir: of prepared data sets; "" for the usual place.
+    """
+
+    def __init__(self, out: Path, leaves: list[str], epochs: float, data_dir: str):
+        self.out, self.data_dir = out, data_dir
+        self.leaves = [*leaves, *([f"--config.epochs={epochs:g}"] if epochs else [])]
+
+    def directory(self, table: dict, row: dict, column: str, seed: int) -> Path:
+        """The run directory of one cell; what is set for it is in its name."""
+        parts = [row["config"], row["argument"]]
+        parts += [f"{leaf}={value}" for leaf, value in sorted(row["set"].items())]
+        if row["teacher"]:
+            teacher = self.directory(table, table["rows"][row["teacher"]], column, seed)
+            parts.append(f"from-{teacher.parent.name}")
+        schedule = [leaf.removeprefix("--config.") for leaf in self.leaves]
+        group = _slug("-".join([column, *schedule]))
+        return self.out / group / _slug("-".join(filter(None, parts))) / f"seed{seed}"
+
+    def command(self, table: dict, row: dict, column: str, seed: int) -> list[str]:
+        """The command that makes it."""
+        argument = ",".join(filter(None, [f"data={column}", row["argument"]]))
+        leaves = dict(row["set"])
+        if row["teacher"]:
+            teacher = self.directory(table, table["rows"][row["teacher"]], column, seed)
+            leaves |= {
+                "teacher.mode": "fixed",
+                "teacher.run_dir": str(teacher),
+                "teacher.which": "student",
+            }
+        if self.data_dir:
+            leaves["data.data_dir"] = self.data_dir
+        return [
+            sys.executable,
+            *("-m", "pkkd_jax.main"),
+            f"--config={HERE.parent / 'configs' / row['config']}.py:{argument}",
+            f"--workdir={self.directory(table, row, column, seed)}",
+            f"--config.seed={seed}",
+            *self.leaves,
+            *(f"--config.{leaf}={value}" for leaf, value in leaves.items()),
+        ]
+
+
+def read(run_dir: Path) -> dict | None:
+    """What a finished cell shows; None if it is not finished."""
+    if not (run_dir / "results.json").exists():
+        return None
+    results = json.loads((run_dir / "results.json").read_text())
+    config = json.loads((run_dir / "config.json").read_text())
+    judge = "validation" if config["data"]["validation"] else "test"
+    rates = [r["train/images_per_s"] for r in metrics.read(run_dir) if "train/images_per_s" in r]
+    kd = config["distill"].get("kd", {"weight": 0.0})
+    return {
+        "accuracy": 100 * results[f"{judge}/student/accuracy"],
+        "uncalibrated": 100 * results[f"{judge}/student/accuracy_uncalibrated"],
+        "teacher": 100 * results.get(f"{judge}/teacher/accuracy", float("nan")),
+        "kd": config["teacher"]["mode"] != "none" and bool(kd["weight"]),
+        "images_per_s": statistics.median(rates) if rates else float("nan"),
+        "judge": judge,
+        **{key: results[key] for key in ("steps", "wall_s", "versions", "device")},
+        "batch_size": config["batch_size"],
+    }
+
+
+def collect(table: dict, cells: Cells, seeds: int) -> dict[tuple[str, str], list[dict]]:
+    """Finished cells by row and column."""
+    found = {}
+    for name, row in table["rows"].items():
+        for column in table["columns"]:
+            each = [read(cells.directory(table, row, column, seed)) for seed in range(seeds)]
+            found[name, column] = [cell for cell in each if cell]
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    parser = argparse.ArgumentParser("python -m experiments.table", allow_abbrev=False)
+    parser.add_argument("name", help="of a table in experiments/tables.toml")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each row")
+    parser.add_argument("--epochs", type=float, default=0, help="default: the configuration's")
+    parser.add_argument("--data_dir", default="", help="of prepared data sets")
+    parser.add_argument("--columns", default="", help="data sets, with commas; default: the table's")
+    parser.add_argument("--rows", default="", help="names of rows, with semicolons; default: all")
+    parser.add_argument("--out", default="runs/tables", help="directory of all cells and tables")
+    given, leaves = parser.parse_known_args(argv)
+    command = shlex.join(["python", "-m", "experiments.table", *(argv or sys.argv[1:])])
+    try:
+        table = load(given.name)
+        for leaf in leaves:
+            if not leaf.startswith("--config."):
+                raise UserError(f"unexpected argument {leaf!r}: expected --config.LEAF=VALUE")
+        if given.seeds < 1:
+            raise UserError(f"--seeds={given.seeds}: it must be 1 or more")
+        if given.columns:
+            table["columns"] = given.columns.split(",")
+        wanted = given.rows.split(";") if given.rows else list(table["rows"])
+        for row in wanted:
+            if row not in table["rows"]:
+                raise unknown(f"row of table {given.name!r},", row, table["rows"])
+        wanted += [table["rows"][row]["teacher"] for row in wanted if table["rows"][row]["teacher"]]
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    cells = Cells(Path(given.out), leaves, given.epochs, given.data_dir)
+    rows = {name: row for name, row in table["rows"].items() if name in wanted}
+    table["rows"] = rows
+    for seed in range(given.seeds):
+        for column in table["columns"]:
+            for name, row in rows.items():
+                place = cells.directory(table, row, column, seed)
+                if row["published_only"] or read(place):
+                    continue
+                print(f"\n{given.name}: {name}, {column}, seed {seed}", flush=True)
+                try:
+                    status = subprocess.run(cells.command(table, row, column, seed)).returncode
+                except KeyboardInterrupt:
+                    status = 130
+                if status:
+                    print("stopped; the same command goes on from there", file=sys.stderr)
+                    return status
+                found = collect(table, cells, given.seeds)
+                report.write(Path(given.out) / given.name, table, found, command)
+    found = collect(table, cells, given.seeds)
+    print("\n" + report.write(Path(given.out) / given.name, table, found, command))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
