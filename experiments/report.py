@@ -4,6 +4,7 @@ import math
 import statistics
 import subprocess
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -68,19 +69,19 @@ def markdown(table: dict, found: dict, command: str) -> str:
             " (as trained: not); mean ± standard deviation over runs.",
             "",
             *(f"[{number}] {names[source]}." for source, number in sources.items()),
-            "",
+            *([""] if sources else []),
             f"- `{command}`",
             f"- commit {_commit()}",
-            *_all("versions", [" ".join(f"{k} {v}" for k, v in c["versions"].items()) for c in every]),
-            *_all("device", [cell["device"] for cell in every]),
-            *_all("schedule", [f"{c['steps']} steps of {c['batch_size']} images" for c in every]),
+            _all("versions", (" ".join(map(" ".join, c["versions"].items())) for c in every)),
+            _all("device", (cell["device"] for cell in every)),
+            _all("schedule", (f"{c['steps']} steps of {c['batch_size']} images" for c in every)),
             f"- wall time {sum(cell['wall_s'] for cell in every) / 3600:.2f} h, {len(every)} runs",
         ]
     return "\n".join(text) + "\n"
 
 
-def _all(what: str, values: list[str]) -> list[str]:
-    return [f"- {what}: {'; '.join(sorted(set(values)))}"]
+def _all(what: str, values: Iterable[str]) -> str:
+    return f"- {what}: {'; '.join(sorted(set(values)))}"
 
 
 def plot(table: dict, found: dict, path: Path) -> None:
@@ -92,7 +93,8 @@ def plot(table: dict, found: dict, path: Path) -> None:
     size = 3 + 4 * len(columns), 1.2 + 0.35 * len(rows)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    for column, axes in zip(columns, figure.subplots(1, len(columns), squeeze=False)[0], strict=True):
+    every = figure.subplots(1, len(columns), squeeze=False)[0]
+    for column, axes in zip(columns, every, strict=True):
         for y, row in enumerate(rows):
             values = [cell["accuracy"] for cell in found[row, column]]
             if values:

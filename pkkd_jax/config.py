@@ -50,7 +50,7 @@ def base() -> ConfigDict:
         adder_eta=0.2,
         momentum=0.9,
     )
-    config.eval = dict(every_epochs=1.0, recalibrate_batches=20)
+    config.eval = dict(every_epochs=1.0, recalibrate_batches=20, gradient_shares=False)
     config.log_every_steps = 50
     config.checkpoint_every_steps = 1000
     return config

@@ -255,7 +255,8 @@ def describe(experiment: Experiment, step: int, workdir: Path) -> dict:
         "devices": f"{jax.device_count()} {jax.default_backend()} ({', '.join(kinds)}),"
         f" adder op: {adder.implementation()}",
         "data": f"{config['data']['name']}, {len(train):,} train and"
-        f" {len(test):,} {experiment.splits.judge} images of {'x'.join(map(str, train.image_shape))},"
+        f" {len(test):,} {experiment.splits.judge} images of"
+        f" {'x'.join(map(str, train.image_shape))},"
         f" {train.num_classes} classes",
         "student": network("student"),
         "teacher": network("teacher"),

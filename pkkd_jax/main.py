@@ -137,7 +137,8 @@ def _print_results(run_dir: Path, results: dict) -> None:
                 )
             )
     widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    print(f"\n{split.capitalize()} results after {results['steps']:,} steps ({_duration(results['wall_s'])}):")
+    duration = _duration(results["wall_s"])
+    print(f"\n{split.capitalize()} results after {results['steps']:,} steps ({duration}):")
     for row in rows:
         cells = [
             row[0].ljust(widths[0]),

@@ -51,9 +51,7 @@ def schedule(
     if cycles > 1:
         one = schedule(name, learning_rate, total_steps // cycles, warmup_steps)
         last = (cycles - 1) * (total_steps // cycles)  # what does not divide prolongs the last one
-        return lambda step: one(
-            jnp.where(step < last, step % (total_steps // cycles), step - last)
-        )
+        return lambda step: one(jnp.where(step < last, step % (total_steps // cycles), step - last))
     rest = max(1, total_steps - warmup_steps)
     kinds = {
         "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest),

@@ -110,7 +110,7 @@ def evaluate_networks(
     mapped: dict,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Figures of networks on unseen images, with recalibrated and with running BatchNorm statistics.
+    """Figures of networks on unseen images, with recalibrated and running BatchNorm statistics.
 
     Args:
       networks: name to model.
@@ -277,6 +277,12 @@ def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
             mapped,
             obey,
         )
+        if config["eval"]["gradient_shares"]:
+            if "shares" not in mapped:
+                mapped["shares"] = update_lib.pmap(update_lib.gradient_shares(built.recipe))
+            batch = next(built.splits.train_batches(step, step + 1, config["accumulate_steps"]))
+            shares = jax.device_get(mapped["shares"](state, batch))
+            found |= {f"train/student/share_{key}": float(v) for key, v in shares.items()}
         figures |= found
         write(found)
         at_interval({**figures, "step": step, "total_steps": total})

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import linen
+from flax import linen, traverse_util
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -140,15 +140,11 @@ def _synchronised(model: linen.Module) -> linen.Module:
     return model.clone(bn_axis_name=AXIS)
 
 
-def joint_update(recipe: Recipe) -> Callable:
-    """Makes `(state, batch) -> (state, metrics)`, to be mapped by `pmap`.
+def _terms(recipe: Recipe) -> Callable:
+    """Makes `(params, stats, step, images, labels, key) -> (terms, (new stats, metrics))`.
 
-        teacher loss = CE(teacher, label)
-        student loss = alpha * CE(student, label) + sum_i weight_i * loss_i(student, teacher)
-
-    `batch` holds "image" uint8 `[k, b, height, width, channels]` and "label" int32 `[k, b]`: the k
-    micro-batches of this device, whose gradients are averaged before the one step they make. The
-    teacher's outputs are constants for the student.
+    The terms are "teacher", "ce" and the losses' names to their weighted values, whose sum is what
+    an update goes down. It works on one device's examples, inside `pmap`.
     """
     student_model = _synchronised(recipe.student)
     teacher_model = None
@@ -169,51 +165,79 @@ def joint_update(recipe: Recipe) -> Callable:
             weight = jnp.where(step >= recipe.snapshot_steps, weight, 0.0)
         return weight
 
-    def loss(params, stats, step, images, labels, key):
-        metrics, new_stats, total, targets = {}, {}, 0.0, None
+    def terms(params, stats, step, images, labels, key):
+        metrics, new_stats, found, targets = {}, {}, {}, None
         if teacher_model is not None:
             variables = {"params": params["teacher"], "batch_stats": stats["teacher"]}
             targets, new_stats["teacher"] = _forward(
                 teacher_model, variables, images, recipe.teacher_learns, key
             )
             ce = cross_entropy(targets.logits, labels)
-            total = total + ce
+            found["teacher"] = ce
             metrics |= {"teacher/loss": ce, "teacher/accuracy": accuracy(targets.logits, labels)}
             targets = lax.stop_gradient(targets)
         variables = {"params": params["student"], "batch_stats": stats["student"]}
         outputs, new_stats["student"] = _forward(student_model, variables, images, True, key)
         ce = cross_entropy(outputs.logits, labels)
-        student_loss = recipe.alpha * ce
+        found["ce"] = recipe.alpha * ce
         metrics |= {"student/loss_ce": ce, "student/accuracy": accuracy(outputs.logits, labels)}
         for name, (weight, distiller) in recipe.losses.items():
-            value, found = distiller.apply(params["distiller"][name], outputs, targets, AXIS)
-            student_loss = student_loss + weight_of(weight, step) * value
-            metrics |= {f"student/{key}": figure for key, figure in found.items()}
-        metrics["student/loss"] = student_loss
-        return total + student_loss, (new_stats, metrics)
+            value, figures = distiller.apply(params["distiller"][name], outputs, targets, AXIS)
+            found[name] = weight_of(weight, step) * value
+            metrics |= {f"student/{key}": figure for key, figure in figures.items()}
+        metrics["student/loss"] = sum(value for name, value in found.items() if name != "teacher")
+        return found, (new_stats, metrics)
+
+    return terms
+
+
+def _prepared(recipe: Recipe, step, index, images):
+    """The augmented images of one micro-batch, and the key of its dropout."""
+    start = (index * lax.axis_size(AXIS) + lax.axis_index(AXIS)) * images.shape[0]
+    positions = start + jnp.arange(images.shape[0])
+    augment_key, dropout_key = jax.random.split(
+        jax.random.fold_in(jax.random.key(recipe.seed), step)
+    )
+    images = data.augment(augment_key, images, positions, **recipe.augmentation)
+    return images, jax.random.fold_in(dropout_key, start)
+
+
+def _trees(state: DistillState) -> tuple[dict, dict]:
+    """Parameters and batch statistics by network."""
+    networks = {"student": state.student}
+    if state.teacher is not None:
+        networks["teacher"] = state.teacher
+    params = {name: network.params for name, network in networks.items()}
+    params["distiller"] = state.distiller.params
+    return params, {name: network.batch_stats for name, network in networks.items()}
+
+
+def joint_update(recipe: Recipe) -> Callable:
+    """Makes `(state, batch) -> (state, metrics)`, to be mapped by `pmap`.
+
+        teacher loss = CE(teacher, label)
+        student loss = alpha * CE(student, label) + sum_i weight_i * loss_i(student, teacher)
+
+    `batch` holds "image" uint8 `[k, b, height, width, channels]` and "label" int32 `[k, b]`: the k
+    micro-batches of this device, whose gradients are averaged before the one step they make. The
+    teacher's outputs are constants for the student.
+    """
+    terms = _terms(recipe)
+
+    def loss(*arguments):
+        found, auxiliary = terms(*arguments)
+        return sum(found.values()), auxiliary
 
     def micro_batch(params, stats, step, index, images, labels):
-        start = (index * lax.axis_size(AXIS) + lax.axis_index(AXIS)) * labels.shape[0]
-        positions = start + jnp.arange(labels.shape[0])
-        augment_key, dropout_key = jax.random.split(
-            jax.random.fold_in(jax.random.key(recipe.seed), step)
-        )
-        images = data.augment(augment_key, images, positions, **recipe.augmentation)
-        gradient = jax.grad(loss, has_aux=True)
-        key = jax.random.fold_in(dropout_key, start)
-        return gradient(params, stats, step, images, labels, key)
+        images, key = _prepared(recipe, step, index, images)
+        return jax.grad(loss, has_aux=True)(params, stats, step, images, labels, key)
 
     def learn(optimiser, network: NetworkState, gradient, batch_stats) -> NetworkState:
         updates, opt_state = optimiser.update(gradient, network.opt_state, network.params)
         return NetworkState(optax.apply_updates(network.params, updates), batch_stats, opt_state)
 
     def update(state: DistillState, batch):
-        networks = {"student": state.student}
-        if state.teacher is not None:
-            networks["teacher"] = state.teacher
-        params = {name: network.params for name, network in networks.items()}
-        params["distiller"] = state.distiller.params
-        stats = {name: network.batch_stats for name, network in networks.items()}
+        params, stats = _trees(state)
         count = batch["label"].shape[0]
         if count == 1:
             gradients, (stats, metrics) = micro_batch(
@@ -255,6 +279,52 @@ def joint_update(recipe: Recipe) -> Callable:
         return DistillState(state.step + 1, student, teacher, distiller), metrics
 
     return update
+
+
+def gradient_shares(recipe: Recipe) -> Callable:
+    """Makes `(state, batch) -> shares` of the student's losses in its gradient, for `pmap`.
+
+        share of loss i in a layer = <g_i, g> / <g, g>,   g = sum_i g_i
+
+    over the first micro-batch of `batch`. An adder layer's gradient is scaled to a fixed norm, so
+    that these shares, which sum to 1, are all that the losses' weights mean to it. The names are
+    `<loss>/<layer>`, of adder layers, or of all layers with a kernel if there are none.
+    """
+    terms = _terms(recipe)
+
+    def shares(state: DistillState, batch):
+        images, key = _prepared(recipe, state.step, 0, batch["image"][0])
+        params, stats = _trees(state)
+
+        def of_student(student):
+            found, _ = terms(
+                {**params, "student": student}, stats, state.step, images, batch["label"][0], key
+            )
+            found.pop("teacher", None)
+            return found
+
+        found, pull_back = jax.vjp(of_student, state.student.params)
+        zeros = jax.tree.map(jnp.zeros_like, found)
+        gradients = {
+            name: traverse_util.flatten_dict(
+                lax.pmean(pull_back({**zeros, name: jnp.ones_like(value)})[0], AXIS)
+            )
+            for name, value in found.items()
+        }
+        leaves = {path[-1] for path in gradients["ce"]}
+        wanted = "filters" if "filters" in leaves else "kernel"
+        result = {}
+        for path in gradients["ce"]:
+            if path[-1] == wanted:
+                each = {name: gradient[path].ravel() for name, gradient in gradients.items()}
+                total = sum(each.values())
+                for name, gradient in each.items():
+                    result[f"{name}/{'.'.join(path[:-1])}"] = (gradient @ total) / jnp.maximum(
+                        total @ total, 1e-30
+                    )
+        return result
+
+    return shares
 
 
 def evaluation(model: linen.Module, mean, std) -> Callable:

@@ -255,7 +255,7 @@ def test_pairs_can_be_named_and_must_fit():
     assert [pair.name for pair in found] == ["stage1.block1.conv2", "penultimate"]
     with pytest.raises(UserError, match=r"stage1.*\[2, 32, 32, 16\].*stage2.*\[2, 16, 16, 32\]"):
         pair_taps("pkkd", student, teacher, "stage1.block1.conv2:stage2.block1.conv2", same="size")
-    with pytest.raises(UserError, match="3 of the student.*9 of the teacher"):
+    with pytest.raises(UserError, match=r"3 of the student.*9 of the teacher"):
         pair_taps("pkkd", student, teacher, "block_ends")
     with pytest.raises(UserError, match=r"unknown tap 'stage1.block1.conv9'.*did you mean"):
         pair_taps("pkkd", student, teacher, "stage1.block1.conv9:stage1.block1.conv2")

@@ -173,6 +173,19 @@ def test_a_weight_by_step_is_that_of_the_step():
     assert_close(two.student, run(constant[1.0], one, steps=1)[0].student, 1e-6)
 
 
+def test_the_losses_shares_in_each_layers_gradient_sum_to_one():
+    start = initial()
+    shares = jax.device_get(update.pmap(update.gradient_shares(recipe()))(start, batch(1)))
+    layers = {name.partition("/")[2] for name in shares}
+    assert len(layers) == 8  # the adder layers of ResNet-8
+    for layer in layers:
+        each = [shares[f"{loss}/{layer}"] for loss in ("ce", "pkkd", "kd")]
+        np.testing.assert_allclose(sum(each), 1, rtol=1e-4)
+    heavier = recipe(alpha=50.0)
+    found = jax.device_get(update.pmap(update.gradient_shares(heavier))(start, batch(1)))
+    assert all(found[name] > shares[name] for name in shares if name.startswith("ce/"))
+
+
 def test_a_network_trains_alone():
     alone = recipe(teacher=None, losses={})
     state = jax.device_get(update.init_state(alone, examples()[0]))

@@ -54,17 +54,14 @@ def schedule(
     Raises:
       UserError: for an unknown schedule; the message has the nearest right one.
     """
-    change = final_weight - weight
-    kinds = {
-        "constant": lambda: optax.constant_schedule(weight),
-        "linear": lambda: optax.linear_schedule(weight, final_weight, total_steps),
-        "cosine": lambda: lambda step: (
-            final_weight - optax.cosine_decay_schedule(1.0, total_steps)(step) * change
-        ),
+    progress = {
+        "constant": optax.constant_schedule(0.0),
+        "linear": optax.linear_schedule(0.0, 1.0, total_steps),
+        "cosine": lambda step: 1 - optax.cosine_decay_schedule(1.0, total_steps)(step),
     }
-    if weight_schedule not in kinds:
-        raise names.unknown("weight_schedule", weight_schedule, kinds)
-    return kinds[weight_schedule]()
+    if weight_schedule not in progress:
+        raise names.unknown("weight_schedule", weight_schedule, progress)
+    return lambda step: weight + (final_weight - weight) * progress[weight_schedule](step)
 
 
 def build(

@@ -13,10 +13,7 @@ __all__ = ["correlation_congruence"]
 
 
 def correlations(x: jax.Array, gamma: float, order: int) -> jax.Array:
-    """`[b, b]`: the Gaussian kernel of the rows of `x` at length 1, by its Taylor series.
-
-        exp(-2 gamma) sum_{p = 0}^{order} (2 gamma)^p / p! (x_i . x_j)^p
-    """
+    """`[b, b]`: the Gaussian kernel of the rows of `x`, brought to length 1, by its series."""
     x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
     cosines = x @ x.T
     series = sum((2 * gamma) ** p / math.factorial(p) * cosines**p for p in range(order + 1))

@@ -36,14 +36,14 @@ def binary_conv(x: Array, w: Array, *arguments, **keywords) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def project(w: Array, projection: Array, weight: float, rate: float) -> Array:
-    """The nearest one-bit filters: `a sign(p w)`, a the layer's mean `|w|`, p the projection's mean.
+    """The nearest one-bit filters: `a sign(p w)`, a the mean `|w|`, p the projection's mean.
 
     The gradient of what follows, d, and that of the projection loss
     `weight / 2 ||projection (w + rate d) - result||^2` reach both arguments:
 
-        dw = d 1[|projection w| <= 1] projection + weight (projection (w + rate d) - result) projection
-        dprojection = sum over channels and filters of the same with `w` and `w + rate d` in the
-        place of the last `projection`
+        dw = (d 1[|projection w| <= 1] + missed) projection
+        dprojection = sum over channels and filters of d 1[|projection w| <= 1] w
+                      + missed (w + rate d),     missed = weight (projection (w + rate d) - result)
 
     Args:
       w: `[kh, kw, c_in, c_out]`.

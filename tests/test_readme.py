@@ -1,0 +1,26 @@
+"""What README shows of a user's own parts works as it stands there."""
+
+import json
+import re
+from pathlib import Path
+
+from pkkd_jax import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_loss_of_ones_own_trains(tmp_path, monkeypatch):
+    section = README.partition("**A loss**")[2]
+    code = re.search(r"```python\n(.*?)```", section, re.DOTALL).group(1)
+    command = re.search(r"python -m pkkd_jax.main (--config=.*\n.*)\n", section).group(1)
+    words = command.replace("\\\n", " ").split()
+    (tmp_path / "my_loss.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(ROOT)
+    run_dir = tmp_path / "run"
+    short = [f"--workdir={run_dir}", "--config.steps=2", "--config.batch_size=16"]
+    words = [word for word in words if not word.startswith("--workdir")]
+    assert main.main(["main", *words, *short]) == 0
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["train/student/loss_logits"] > 0
