@@ -13,7 +13,8 @@ from pkkd_jax import memory
 if sys.argv[1] == "keep":
     memory.keep()
 import jax, jax.numpy as jnp
-step = jax.jit(lambda x: jnp.sort(jnp.sin(x)).sum())  # with a temporary of 64 MB
+made = jax.lax.optimization_barrier
+step = jax.jit(lambda x: made(made(jnp.sin(x))[::-1] * 2).sum())  # with temporaries of 64 MB
 x = jnp.ones(1 << 24)
 def faults():
     step(x).block_until_ready()
