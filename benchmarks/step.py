@@ -126,12 +126,18 @@ def measure(case: str, depth: int, batch_size: int) -> dict:
         make = lambda: jax_step(case, depth, batch_size)  # noqa: E731
         import jax
 
+        from pkkd_jax import memory
+
+        memory.keep()  # as a training does
         jax.devices()
     unit = 1e6 if sys.platform == "darwin" else 1e3
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     step, seconds = make(), []
     for _ in range(WARM_UP):
         step()
+    if not case.startswith(PEER):
+        memory.trim()
+    step()
     for _ in range(STEPS):
         begin = time.perf_counter()
         step()

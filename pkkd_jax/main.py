@@ -3,7 +3,6 @@
 python -m pkkd_jax.main --config=configs/NAME.py[:ARG] --workdir=DIR --config.any.leaf=value
 """
 
-import ctypes
 import errno
 import os
 import re
@@ -15,35 +14,15 @@ from pathlib import Path
 # Before JAX starts: its CPU client's notices are not for users.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import jax
 from absl import flags, logging
 from ml_collections import config_flags
 
-from pkkd_jax import names, train
+from pkkd_jax import memory, names, train
 from pkkd_jax.analysis import curves
 
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 USAGE = (
     "python -m pkkd_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.LEAF=VALUE]"
 )
-
-
-def _keep_memory() -> None:
-    """Keeps the memory that a step frees for the next one, on CPU under glibc.
-
-    Given back to the system, it would be cleared page by page in every step. XLA takes it in the
-    thread that runs the step: in this one, whose heap nothing else cuts up, if JAX does not wait.
-    """
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    if hasattr(LIBC, "mallopt"):
-        LIBC.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
-        LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink by itself
-
-
-def _trim_memory() -> None:
-    """Gives back what compilation has left behind."""
-    if hasattr(LIBC, "malloc_trim"):
-        LIBC.malloc_trim(ctypes.c_size_t(0))
 
 
 def _parse(argv: list[str]):
@@ -178,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     def at_interval(figures):
         _show_progress(figures, shown)
         if "images_per_s" not in figures:  # after the first step or an evaluation
-            _trim_memory()
+            memory.trim()
 
     def at_end(run_dir, results):
         curves.save(run_dir)
@@ -190,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         config, workdir = _parse(argv)
-        _keep_memory()
+        memory.keep()
         train.train_and_evaluate(config, workdir, _print_start, at_interval, at_end, at_signal)
         return 0
     except train.Interrupted as stop:
