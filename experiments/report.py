@@ -1,5 +1,6 @@
 """A table's finished cells as Markdown, and as a plot."""
 
+import functools
 import math
 import statistics
 import subprocess
@@ -11,9 +12,14 @@ HERE = Path(__file__).parent
 COLOURS = {"ours": "#0072B2", "published": "#D55E00"}  # Okabe and Ito: safe for colour-blind eyes
 
 
+@functools.cache
+def _published() -> dict:
+    return tomllib.loads((HERE / "published.toml").read_text())
+
+
 def published(table: str, row: str, column: str) -> list[tuple[float, str]]:
     """Published accuracies in percent, each with the key of its source."""
-    figures = tomllib.loads((HERE / "published.toml").read_text())
+    figures = _published()
     return [tuple(each) for each in figures.get(table, {}).get(row, {}).get(column, [])]
 
 
@@ -36,7 +42,7 @@ def _commit() -> str:
 def markdown(table: dict, found: dict, command: str) -> str:
     """The table, and below it where its figures come from."""
     sources, lines = {}, []
-    names = tomllib.loads((HERE / "published.toml").read_text())["sources"]
+    names = _published()["sources"]
     for column in table["columns"]:
         lines += [
             f"**{column}**",
@@ -48,7 +54,8 @@ def markdown(table: dict, found: dict, command: str) -> str:
         for row in table["rows"]:
             cells = found[row, column]
             figures = published(table["name"], row, column)
-            sources |= {source: len(sources) + 1 for _, source in figures if source not in sources}
+            for _, source in figures:
+                sources.setdefault(source, len(sources) + 1)
             values = [
                 row,
                 ("yes" if cells[0]["kd"] else "no") if cells else "",
@@ -68,10 +75,9 @@ def markdown(table: dict, found: dict, command: str) -> str:
             f"Accuracy of the student on {' or '.join(judges)}, BatchNorm's statistics recalibrated"
             " (as trained: not); mean ± standard deviation over runs.",
             "",
-            *(f"[{number}] {names[source]}." for source, number in sources.items()),
-            *([""] if sources else []),
+            *(f"- [{number}] {names[source]}" for source, number in sources.items()),
             f"- `{command}`",
-            f"- commit {_commit()}",
+            f"- table written at commit {_commit()}",
             _all("versions", (" ".join(map(" ".join, c["versions"].items())) for c in every)),
             _all("device", (cell["device"] for cell in every)),
             _all("schedule", (f"{c['steps']} steps of {c['batch_size']} images" for c in every)),

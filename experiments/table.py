@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -17,7 +18,9 @@ import tomllib
 from pathlib import Path
 
 from experiments import report
-from pkkd_jax import metrics
+from pkkd_jax import checkpoint, metrics, train
+from pkkd_jax import config as config_lib
+from pkkd_jax import main as training
 from pkkd_jax.names import UserError, unknown
 
 HERE = Path(__file__).parent
@@ -63,6 +66,11 @@ class Cells:
         self.out, self.data_dir = out, data_dir
         self.leaves = [*leaves, *([f"--config.epochs={epochs:g}"] if epochs else [])]
 
+    @property
+    def schedule(self) -> str:
+        """What is set for every cell, as a part of a file's name."""
+        return _slug("-".join(leaf.removeprefix("--config.") for leaf in self.leaves))
+
     def directory(self, table: dict, row: dict, column: str, seed: int) -> Path:
         """The run directory of one cell; what is set for it is in its name."""
         parts = [row["config"], row["argument"]]
@@ -70,9 +78,12 @@ class Cells:
         if row["teacher"]:
             teacher = self.directory(table, table["rows"][row["teacher"]], column, seed)
             parts.append(f"from-{teacher.parent.name}")
-        schedule = [leaf.removeprefix("--config.") for leaf in self.leaves]
-        group = _slug("-".join([column, *schedule]))
-        return self.out / group / _slug("-".join(filter(None, parts))) / f"seed{seed}"
+        return (
+            self.out
+            / _slug(f"{column}-{self.schedule}")
+            / _slug("-".join(filter(None, parts)))
+            / f"seed{seed}"
+        )
 
     def command(self, table: dict, row: dict, column: str, seed: int) -> list[str]:
         """The command that makes it."""
@@ -129,6 +140,36 @@ def collect(table: dict, cells: Cells, seeds: int) -> dict[tuple[str, str], list
     return found
 
 
+def finished(cells: Cells, table: dict, row: dict, column: str, seed: int) -> bool:
+    """Whether a cell is there, made with the configuration that it would be made with now.
+
+    Raises:
+      UserError: if it was made with another.
+    """
+    run_dir = cells.directory(table, row, column, seed)
+    if not read(run_dir):
+        return False
+    wanted = config_lib.to_json(training.parse(cells.command(table, row, column, seed)[2:])[0])
+    theirs = checkpoint.read_config(run_dir)
+    train.check_run(run_dir, {**wanted, "num_classes": theirs["num_classes"]})
+    return True
+
+
+def run(command: list[str]) -> int:
+    """Runs one cell; a signal stops it when it has saved. Returns its exit status."""
+    with subprocess.Popen(command) as process:
+        # A terminal sends Ctrl-C to both, which the training obeys.
+        previous = {
+            signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: process.terminate()),
+        }
+        try:
+            return process.wait()
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     parser = argparse.ArgumentParser("python -m experiments.table", allow_abbrev=False)
@@ -137,49 +178,67 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--epochs", type=float, default=0, help="default: the configuration's")
     parser.add_argument("--data_dir", default="", help="of prepared data sets")
     parser.add_argument("--columns", default="", help="data sets, with commas between")
-    parser.add_argument("--rows", default="", help="some rows only, with semicolons between")
+    parser.add_argument("--rows", default="", help="run some rows only, with semicolons between")
     parser.add_argument("--out", default="runs/tables", help="directory of all cells and tables")
     given, leaves = parser.parse_known_args(argv)
-    command = shlex.join(["python", "-m", "experiments.table", *(argv or sys.argv[1:])])
+    words = sys.argv[1:] if argv is None else argv
+    command = shlex.join(["python", "-m", "experiments.table", *words])
     try:
         table = load(given.name)
         for leaf in leaves:
-            if not leaf.startswith("--config."):
-                raise UserError(f"unexpected argument {leaf!r}: expected --config.LEAF=VALUE")
+            if not leaf.startswith("--config.") or leaf.startswith("--config.seed"):
+                raise UserError(
+                    f"unexpected argument {leaf!r}: expected --config.LEAF=VALUE, and --seeds=N for"
+                    " seeds 0 to N - 1"
+                )
         if given.seeds < 1:
             raise UserError(f"--seeds={given.seeds}: it must be 1 or more")
         if given.columns:
             table["columns"] = given.columns.split(",")
         wanted = given.rows.split(";") if given.rows else list(table["rows"])
-        for row in wanted:
+        for row in wanted:  # grows by the teachers of its rows
             if row not in table["rows"]:
                 raise unknown(f"row of table {given.name!r},", row, table["rows"])
-        wanted += [table["rows"][row]["teacher"] for row in wanted if table["rows"][row]["teacher"]]
+            teacher = table["rows"][row]["teacher"]
+            if teacher and teacher not in wanted:
+                wanted.append(teacher)
+        return make(table, wanted, given, leaves, command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def make(table: dict, wanted: list[str], given, leaves: list[str], command: str) -> int:
+    """Runs the cells of the rows in `wanted` that are missing, and writes the table after each.
+
+    Returns:
+      The exit status: of a cell that a signal stopped; 2 if one failed, the others are run.
+    """
     cells = Cells(Path(given.out), leaves, given.epochs, given.data_dir)
-    rows = {name: row for name, row in table["rows"].items() if name in wanted}
-    table["rows"] = rows
+    path, failed = Path(given.out) / _slug(f"{table['name']}-{cells.schedule}"), []
+
+    def write() -> str:
+        return report.write(path, table, collect(table, cells, given.seeds), command)
+
     for seed in range(given.seeds):
         for column in table["columns"]:
-            for name, row in rows.items():
-                place = cells.directory(table, row, column, seed)
-                if row["published_only"] or read(place):
+            for name, row in table["rows"].items():
+                if name not in wanted or row["published_only"]:
                     continue
-                print(f"\n{given.name}: {name}, {column}, seed {seed}", flush=True)
-                try:
-                    status = subprocess.run(cells.command(table, row, column, seed)).returncode
-                except KeyboardInterrupt:
-                    status = 130
-                if status:
+                if finished(cells, table, row, column, seed):
+                    continue
+                print(f"\n{table['name']}: {name}, {column}, seed {seed}", flush=True)
+                status = run(cells.command(table, row, column, seed))
+                if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
                     print("stopped; the same command goes on from there", file=sys.stderr)
                     return status
-                found = collect(table, cells, given.seeds)
-                report.write(Path(given.out) / given.name, table, found, command)
-    found = collect(table, cells, given.seeds)
-    print("\n" + report.write(Path(given.out) / given.name, table, found, command))
-    return 0
+                if status:
+                    failed.append(f"{name}, {column}, seed {seed}")
+                write()
+    print(f"\n{write()}\nin {path.with_suffix('.md')} and {path.with_suffix('.png')}")
+    if failed:
+        print(f"error: failed: {'; '.join(failed)}; see above", file=sys.stderr)
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def _flatten(tree) -> dict[str, np.ndarray]:
 
 
 class Checkpoints:
-    """The checkpoints of one run: the latest two, and the one of the best test accuracy."""
+    """The checkpoints of one run: the latest two, and the one of the best accuracy unseen."""
 
     def __init__(self, run_dir: Path):
         policies = preservation_policy

@@ -109,7 +109,7 @@ def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
         elif key == "data":
             leaves = _defaults(names.resolve("pkkd_jax.data.sources", value, "data set"))
             leaves.pop("split", None)
-            old = {key: config.data[key] for key in ("data_dir", "validation")}
+            old = {k: v for k, v in config.data.items() if k in ("data_dir", "validation")}
             config.data = {**leaves, **old, "name": value}
         else:
             if key == "optim":

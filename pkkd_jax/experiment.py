@@ -145,6 +145,7 @@ def build(config: ConfigDict) -> Experiment:
     cycles = arguments["cycles"]
     if cycles > total:
         raise UserError(f"config.optim.cycles={cycles}: it must be at most the {total} steps")
+    snapshots = tuple(total // cycles * cycle for cycle in range(1, cycles))
     rate = optim.schedule(
         arguments["schedule_name"],
         arguments["learning_rate"],
@@ -163,7 +164,7 @@ def build(config: ConfigDict) -> Experiment:
         augmentation=splits.augmentation,
         seed=plain["seed"],
         label_smoothing=plain["label_smoothing"],
-        snapshot_steps=total // cycles if mode == "snapshot" else 0,
+        snapshots=snapshots if mode == "snapshot" else (),
     )
     # The last one is at the end: none so shortly before that it says the same.
     evals = frozenset({*range(every, total - every // 2, every), total})
@@ -238,7 +239,7 @@ def describe(experiment: Experiment, step: int, workdir: Path) -> dict:
         if name not in experiment.parameters:
             return "none"
         if name == "teacher" and config["teacher"]["mode"] == "snapshot":
-            return f"the student as it was after each of {config['optim']['cycles']} cycles"
+            return f"the student at the end of the cycle before, {config['optim']['cycles']} cycles"
         leaves = config[name]
         text = f"{leaves['name']} {leaves.get('depth', '')}".strip()
         text += f", conv={leaves.get('conv', 'conv')!r}"

@@ -25,7 +25,7 @@ USAGE = (
 )
 
 
-def _parse(argv: list[str]):
+def parse(argv: list[str]):
     """The configuration and the run directory that `argv` asks for."""
     if {"--help", "-h", "--helpfull"} & set(argv):
         print(__doc__)
@@ -168,7 +168,7 @@ def main(argv: list[str] | None = None) -> int:
         shown.clear()  # the next progress goes below
 
     try:
-        config, workdir = _parse(argv)
+        config, workdir = parse(argv)
         memory.keep()
         train.train_and_evaluate(config, workdir, _print_start, at_interval, at_end, at_signal)
         return 0

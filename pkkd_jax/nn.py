@@ -143,7 +143,6 @@ class BinaryConv(Conv):
 class PCNNConv(Conv):
     """`flax.linen.Conv` with `pkkd_jax.ops.binary.ProjectionConv`, and without ReLU likewise."""
 
-    conv_general_dilated: Callable | None = None
     conv_general_dilated_cls: Any = binary.ProjectionConv
     activation = staticmethod(lambda x: x)
 

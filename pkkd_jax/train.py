@@ -44,7 +44,7 @@ class Interrupted(Exception):
         self.signum, self.step = signum, step
 
 
-def _check_run(workdir: Path, config: dict) -> None:
+def check_run(workdir: Path, config: dict) -> None:
     """Makes the directory, and refuses one that holds a run with another configuration."""
     path = workdir / "config.json"
     try:
@@ -189,7 +189,7 @@ def train_and_evaluate(
     built = experiment.build(config)
     writes = jax.process_index() == 0
     if writes:
-        _check_run(workdir, built.config)
+        check_run(workdir, built.config)
     checkpoints = checkpoint.Checkpoints(workdir)
     try:
         steps = checkpoints.steps()

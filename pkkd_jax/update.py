@@ -37,8 +37,8 @@ class Recipe:
       augmentation: keywords of `data.augment`: augmentation, mean, std.
       seed: of augmentation and dropout.
       label_smoothing: share of the label spread over all classes, in both networks' cross-entropy.
-      snapshot_steps: where above 0, the teacher becomes a copy of the student after every so many
-        steps, and the losses begin after the first of them (snapshot distillation).
+      snapshots: steps after which the teacher becomes a copy of the student, ascending; the losses
+        begin after the first of them (snapshot distillation).
     """
 
     student: linen.Module
@@ -51,7 +51,7 @@ class Recipe:
     augmentation: Mapping[str, Any]
     seed: int
     label_smoothing: float = 0.0
-    snapshot_steps: int = 0
+    snapshots: tuple[int, ...] = ()
 
 
 def pmap(function: Callable, *, donate: bool = False) -> Callable:
@@ -106,20 +106,23 @@ def init_state(
     student = network(init_network(recipe.student, student_key, images.shape[1:]))
     teacher, params = None, {}
     if recipe.teacher is not None:
-        fresh = teacher_variables or init_network(recipe.teacher, teacher_key, images.shape[1:])
+        # Of snapshots the losses' start must know only what kind of responses they will be.
+        key, learns = teacher_key, recipe.teacher_learns or bool(recipe.snapshots)
+        fresh = teacher_variables or init_network(recipe.teacher, key, images.shape[1:])
         teacher = network(fresh, recipe.teacher_learns)
 
         @jax.jit
         def init_losses(student_variables, teacher_variables, plain):
             outputs = _forward(recipe.student, student_variables, plain, True, dropout_key)[0]
-            targets = _forward(
-                recipe.teacher, teacher_variables, plain, recipe.teacher_learns, dropout_key
-            )[0]
+            targets = _forward(recipe.teacher, teacher_variables, plain, learns, dropout_key)[0]
             keys = jax.random.split(losses_key, len(recipe.losses) + 1)
-            return {
+            params = {
                 name: loss.init(key, outputs, targets)
                 for key, (name, (_, loss)) in zip(keys, recipe.losses.items(), strict=False)
             }
+            for name, (_, loss) in recipe.losses.items():
+                loss.apply(params[name], outputs, targets, None)  # refuses taps that do not fit
+            return params
 
         params = init_losses(student.variables, teacher.variables, plain)
     distiller = NetworkState(params, {}, recipe.distiller_optimiser.init(params))
@@ -161,8 +164,8 @@ def _terms(recipe: Recipe) -> Callable:
 
     def weight_of(weight, step):
         weight = weight(step) if callable(weight) else weight
-        if recipe.snapshot_steps:
-            weight = jnp.where(step >= recipe.snapshot_steps, weight, 0.0)
+        if recipe.snapshots:
+            weight = jnp.where(step >= recipe.snapshots[0], weight, 0.0)
         return weight
 
     def terms(params, stats, step, images, labels, key):
@@ -266,8 +269,8 @@ def joint_update(recipe: Recipe) -> Callable:
         teacher = state.teacher
         if recipe.teacher_learns and teacher is not None:
             teacher = learn(recipe.optimiser, teacher, gradients["teacher"], stats["teacher"])
-        if recipe.snapshot_steps:
-            now = (state.step + 1) % recipe.snapshot_steps == 0
+        if recipe.snapshots:
+            now = jnp.isin(state.step + 1, jnp.array(recipe.snapshots))
             teacher = teacher.replace(
                 **jax.tree.map(
                     lambda new, old: jnp.where(now, new, old),
@@ -288,7 +291,8 @@ def gradient_shares(recipe: Recipe) -> Callable:
 
     over the first micro-batch of `batch`. An adder layer's gradient is scaled to a fixed norm, so
     that these shares, which sum to 1, are all that the losses' weights mean to it. The names are
-    `<loss>/<layer>`, of adder layers, or of all layers with a kernel if there are none.
+    `<loss>/<layer>`, of adder layers, or of all layers with a kernel if there are none; "own" is
+    what a layer adds to its gradient itself ("pcnn" does).
     """
     terms = _terms(recipe)
 
@@ -305,11 +309,15 @@ def gradient_shares(recipe: Recipe) -> Callable:
 
         found, pull_back = jax.vjp(of_student, state.student.params)
         zeros = jax.tree.map(jnp.zeros_like, found)
+        # A layer may have a gradient of its own, as "pcnn" has: it is no loss's.
+        own = pull_back(zeros)[0]
+        gradients = {"own": own} | {
+            name: jax.tree.map(jnp.subtract, pull_back({**zeros, name: jnp.ones(())})[0], own)
+            for name in found
+        }
         gradients = {
-            name: traverse_util.flatten_dict(
-                lax.pmean(pull_back({**zeros, name: jnp.ones_like(value)})[0], AXIS)
-            )
-            for name, value in found.items()
+            name: traverse_util.flatten_dict(lax.pmean(gradient, AXIS))
+            for name, gradient in gradients.items()
         }
         leaves = {path[-1] for path in gradients["ce"]}
         wanted = "filters" if "filters" in leaves else "kernel"

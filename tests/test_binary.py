@@ -68,6 +68,41 @@ def test_the_gradient_of_the_projection_loss_reaches_filters_and_projection(oper
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_gradient_from_behind_passes_within_one_and_moves_the_filters(operands):
+    rng = np.random.default_rng(1)
+    w, p = 2 * operands[1], rng.normal(1.0, 0.5, (3, 2))
+    d, each = rng.normal(size=w.shape), p[:, :, None, None]
+    arguments = (jnp.float32(w), jnp.float32(p))
+    result, vjp = jax.vjp(lambda w, p: binary.project(w, p, 0.3, 0.1), *arguments)
+    of_w, of_p = vjp(jnp.float32(d))
+    result = np.asarray(result, np.float64)
+    passed = np.where(np.abs(each * w) <= 1, d, 0)
+    assert 0 < (passed == 0).sum() < w.size
+    missed = 0.3 * (each * (w + 0.1 * d) - result)
+    np.testing.assert_allclose(of_w, (passed + missed) * each, rtol=1e-4, atol=1e-5)
+    wanted = passed * w + missed * (w + 0.1 * d) - 0.3 * each * (0.1 * d) ** 2
+    np.testing.assert_allclose(of_p, wanted.sum((2, 3)), rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_of_the_filters_goes_through_sign_and_scale(operands):
+    x, w = (jnp.float32(operand) for operand in operands)
+    convolve_ = lambda w: binary.binary_conv(  # noqa: E731
+        x, w, (1, 1), "VALID", dimension_numbers=NUMBERS
+    )
+    y, vjp = jax.vjp(convolve_, w)
+    d = np.random.default_rng(2).normal(size=y.shape)
+    # The derivative for the scaled filters s a, which is linear, and then s' = 1 and a' by hand.
+    linear = jax.vjp(lambda f: binary.conv_general_dilated(
+        binary.sign(x), f, (1, 1), "VALID", dimension_numbers=NUMBERS), w)[1]  # fmt: skip
+    of_filters = np.asarray(linear(jnp.float32(d))[0], np.float64)
+    w64, count = np.asarray(w, np.float64), w[..., 0].size
+    scale = np.abs(w64).mean((0, 1, 2))
+    through_sign = np.where(np.abs(w64) <= 1, of_filters * scale, 0)
+    through_scale = (of_filters * signs(w64)).sum((0, 1, 2)) * signs(w64) / count
+    found = vjp(jnp.float32(d))[0]
+    np.testing.assert_allclose(found, through_sign + through_scale, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("conv", ["binary", "pcnn"])
 def test_a_one_bit_network_sees_both_signs_and_learns_in_every_layer(conv):
     model = models.build("resnet_cifar", depth=8, num_classes=10, conv=conv)

@@ -226,9 +226,10 @@ def test_four_devices_equal_one(name):
         np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-3, atol=1e-3 * scale + 1e-9)
 
 
-@pytest.mark.parametrize("name", ["similarity_preserving", "relational", "pkt"])
-def test_equal_examples_leave_the_gradient_finite(name):
-    same = Outputs(jnp.zeros((8, 10)), {k: jnp.ones(s) for k, s in SHAPES.items()})
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("fitnets", "pkkd")])
+def test_equal_examples_and_silent_features_leave_the_gradient_finite(name, value):
+    same = Outputs(jnp.zeros((8, 10)), {k: jnp.full(s, value) for k, s in SHAPES.items()})
     teacher, distiller = outputs(1), METHODS[name]()
     gradient = jax.grad(lambda student: distiller.apply({}, student, teacher, None)[0])(same)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
@@ -261,6 +262,26 @@ def test_pairs_can_be_named_and_must_fit():
         pair_taps("pkkd", student, teacher, "stage1.block1.conv9:stage1.block1.conv2")
 
 
+def test_a_keyword_stands_alone_and_a_tap_once():
+    outputs_ = features(20)
+    with pytest.raises(UserError, match="'stage_ends' stands alone"):
+        pair_taps("pkt", outputs_, outputs_, "stage_ends,penultimate")
+    with pytest.raises(UserError, match="stands there twice"):
+        pair_taps("pkt", outputs_, outputs_, "penultimate,penultimate")
+
+
+def test_relations_need_three_examples():
+    two = jax.tree.map(lambda x: x[:2], outputs(0))
+    with pytest.raises(UserError, match="a batch has 2"):
+        relational().apply({}, two, two, None)
+
+
+def test_fsp_refuses_networks_of_other_stages():
+    fewer = {tap: shape for tap, shape in SHAPES.items() if not tap.startswith("stage2")}
+    with pytest.raises(UserError, match="1 stages of the student and 2 of the teacher"):
+        fsp().apply({}, outputs(0, fewer), outputs(1), None)
+
+
 def test_fsp_refuses_a_stage_of_one_block():
     with pytest.raises(UserError, match="two blocks or more"):
         fsp().apply({}, features(8), features(8), None)
@@ -277,6 +298,8 @@ def test_a_weight_follows_its_schedule():
     np.testing.assert_allclose([found["kd"](step) for step in steps], [2, 2, 2])
     np.testing.assert_allclose([found["pkt"](step) for step in steps], [0, 2, 4])
     np.testing.assert_allclose([found["fsp"](step) for step in steps], [3, 2, 1], rtol=1e-6)
+    with pytest.raises(UserError, match=r"final_weight=2.0 with weight_schedule='constant'"):
+        distill.build({"kd": {"weight": 1.0, "final_weight": 2.0}}, 100)
     with pytest.raises(UserError, match="'cosin': did you mean 'cosine'"):
         distill.build({"kd": {"weight": 1.0, "weight_schedule": "cosin"}}, 100)
 

@@ -84,3 +84,12 @@ def test_weight_decay_is_the_optimisers_own_where_it_has_one():
 def test_a_wrong_argument_is_named(arguments, message):
     with pytest.raises(UserError, match=message):
         optim.build(10, **arguments)
+
+
+def test_cycles_start_the_schedule_again_and_the_rest_prolongs_the_last():
+    rate = optim.schedule("cosine", 0.1, 32, 0, 3)  # cycles of 10, 10 and 12 steps
+    one = optim.schedule("cosine", 0.1, 10)
+    for step in range(20):
+        np.testing.assert_allclose(rate(step), one(step % 10), rtol=1e-6)
+    np.testing.assert_allclose([rate(20), rate(29)], [one(0), one(9)], rtol=1e-6)
+    assert rate(31) < rate(29)

@@ -1,7 +1,11 @@
 """Tables: every row is a configuration, finished cells are kept, figures are right."""
 
 import json
+import signal
+import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -9,6 +13,7 @@ from experiments import report, table
 from pkkd_jax import main
 from pkkd_jax.names import UserError
 
+ROOT = Path(__file__).parent.parent
 TABLES = tomllib.loads((table.HERE / "tables.toml").read_text())
 SHORT = ["--config.steps=4", "--config.batch_size=16", "--config.eval.recalibrate_batches=1"]
 
@@ -28,7 +33,7 @@ def test_every_row_is_a_configuration(name, tmp_path):
         for row in found["rows"].values():
             if row["published_only"]:
                 continue
-            config, place = main._parse(cells.command(found, row, column, 2)[2:])
+            config, place = main.parse(cells.command(found, row, column, 2)[2:])
             assert (config.data.name, config.seed, config.epochs) == (column, 2, 6)
             places.add(place)
     runs = [row for row in found["rows"].values() if not row["published_only"]]
@@ -46,7 +51,7 @@ def test_every_published_figure_has_a_row_and_a_source():
 
 def test_a_row_with_a_teacher_takes_it_from_that_rows_run(tmp_path):
     found, cells = table.load("response5"), table.Cells(tmp_path, [], 0, "")
-    config, _ = main._parse(cells.command(found, found["rows"]["kernel, fixed"], "cifar10", 1)[2:])
+    config, _ = main.parse(cells.command(found, found["rows"]["kernel, fixed"], "cifar10", 1)[2:])
     teacher = found["rows"]["CNN, the fixed teacher"]
     assert config.teacher.run_dir == str(cells.directory(found, teacher, "cifar10", 1))
     assert (config.teacher.mode, config.teacher.which) == ("fixed", "student")
@@ -55,19 +60,46 @@ def test_a_row_with_a_teacher_takes_it_from_that_rows_run(tmp_path):
 def test_a_finished_table_runs_nothing_again(tmp_path, monkeypatch, capsys):
     arguments = ["quick", "--rows=ANN;KD", f"--out={tmp_path}", *SHORT]
     assert table.main(arguments) == 0
-    text = (tmp_path / "quick.md").read_text()
+    text = next(tmp_path.glob("quick*.md")).read_text()
     assert text in capsys.readouterr().out
-    assert (tmp_path / "quick.png").stat().st_size > 10_000
+    assert next(tmp_path.glob("quick*.png")).stat().st_size > 10_000
     results = json.loads(next(tmp_path.glob("*/*distill-kd*/seed0/results.json")).read_text())
     assert f"| KD | yes | {100 * results['test/student/accuracy']:.2f} |" in text
-    monkeypatch.setattr(table.subprocess, "run", lambda *a, **k: pytest.fail("ran again"))
-    monkeypatch.setattr(report, "_commit", lambda: "no commit")
+    monkeypatch.setattr(table, "run", lambda command: pytest.fail("ran again"))
     assert table.main(arguments) == 0
+    # Another default since, and the cells are not what the table means now.
+    place = next(tmp_path.glob("*/*distill-kd*/seed0/config.json"))
+    place.write_text(place.read_text().replace('"temperature": 1.0', '"temperature": 2.0'))
+    assert table.main(arguments) == 2
+    assert "temperature: 2.0 there, 1.0 here" in capsys.readouterr().err
 
 
-def test_a_failing_cell_stops_the_table(tmp_path, capfd):
-    assert table.main(["quick", f"--out={tmp_path}", "--config.stps=4"]) == 2
-    assert "did you mean 'steps'" in capfd.readouterr().err
+def test_a_failing_cell_does_not_keep_the_others_from_running(tmp_path, capfd, monkeypatch):
+    rows = {"bad": {"set": {"optim.learning_rate": -1.0}}, "good": {"argument": "distill=kd"}}
+    rows = [{"name": name, **row} for name, row in rows.items()]
+    text = {"title": "two", "columns": ["digits"], "config": "quickstart", "rows": rows}
+    monkeypatch.setattr(table.tomllib, "loads", lambda _: {"two": text, "sources": {}})
+    report._published.cache_clear()
+    assert table.main(["two", f"--out={tmp_path}", *SHORT]) == 2
+    report._published.cache_clear()
+    error = capfd.readouterr().err
+    assert "learning_rate=-1.0" in error
+    assert "failed: bad, digits, seed 0" in error
+    assert "| good | yes |" in next(tmp_path.glob("two*.md")).read_text()
+
+
+def test_a_signal_stops_a_table_when_its_cell_has_saved(tmp_path):
+    command = [sys.executable, "-m", "experiments.table", "quick", "--rows=KD", f"--out={tmp_path}"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("step 20/"):
+                process.terminate()
+                break
+        process.stdout.read()
+    assert process.wait() == 128 + signal.SIGTERM
+    place = next(tmp_path.glob("*/*distill-kd*/seed0/checkpoints"))
+    steps = sorted(int(path.name) for path in place.iterdir())
+    assert steps[-1] >= 20
 
 
 def test_means_and_deviations_stand_beside_what_was_published():
@@ -82,6 +114,16 @@ def test_means_and_deviations_stand_beside_what_was_published():
     )
 
 
+def test_sources_that_differ_both_stand(monkeypatch):
+    both = [(92.0, "adder_readme"), (93.0, "later")]
+    monkeypatch.setattr(report, "published", lambda *_: both)
+    found = table.load("time")
+    cells = {(row, "cifar10"): [cell()] for row in found["rows"]}
+    text = report.markdown(found, cells, "command")
+    assert "92.00 [1], 93.00 [2]" in text
+    assert "- [1] README of the AdderNet" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -89,6 +131,7 @@ def test_means_and_deviations_stand_beside_what_was_published():
         (["quick", "--rows=ANNN"], "did you mean 'ANN'"),
         (["quick", "--seeds=0"], "--seeds=0"),
         (["quick", "--sed=1"], "--sed=1"),
+        (["quick", "--config.seed=5"], "--seeds=N"),
     ],
 )
 def test_a_mistake_is_one_clear_line(arguments, message, capsys):

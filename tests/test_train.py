@@ -165,7 +165,7 @@ def test_a_signal_is_obeyed_at_the_next_step(tmp_path):
     def stop(figures):
         os.kill(os.getpid(), signal.SIGINT)
 
-    config, workdir = main._parse(command(tmp_path / "run"))
+    config, workdir = main.parse(command(tmp_path / "run"))
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(train.Interrupted) as stopped:
         train.train_and_evaluate(config, workdir, at_interval=stop)
@@ -178,7 +178,7 @@ def test_a_signal_is_obeyed_at_the_next_step(tmp_path):
 
 def test_a_signal_is_obeyed_while_evaluating_which_is_made_up_for(finished, tmp_path, monkeypatch):
     more = ["--config.eval.every_epochs=0.05"]  # 4.5 steps
-    config, workdir = main._parse(command(tmp_path / "run", *more))
+    config, workdir = main.parse(command(tmp_path / "run", *more))
     whole = update.evaluate
 
     def interrupted(*arguments):
@@ -199,14 +199,14 @@ def test_a_mistake_that_shows_late_can_be_mended_in_the_same_directory(tmp_path,
     workdir = tmp_path / "run"
     assert main.main(command(workdir, "--config.distill.pkkd.taps=stage9")) == 2
     assert "'stage9'" in capsys.readouterr().err
-    config, _ = main._parse(command(workdir))
-    train._check_run(workdir, experiment.build(config).config)
+    config, _ = main.parse(command(workdir))
+    train.check_run(workdir, experiment.build(config).config)
 
 
 def test_leaves_that_change_no_result_may_differ_in_a_resumed_run(finished):
     more = ["--config.log_every_steps=7", "--config.checkpoint_every_steps=9", "--config.workers=1"]
-    config, workdir = main._parse(command(finished[0], *more))
-    train._check_run(workdir, experiment.build(config).config)
+    config, workdir = main.parse(command(finished[0], *more))
+    train.check_run(workdir, experiment.build(config).config)
 
 
 def test_a_network_is_loaded_from_a_run(finished):
@@ -259,11 +259,23 @@ def test_a_snapshot_run_keeps_two_networks_of_one_kind(tmp_path, capsys):
     arguments = command(tmp_path / "run", *snapshot)
     arguments[1] += ":distill=kd"
     assert main.main(arguments) == 0
-    assert "the student as it was after each of 3 cycles" in capsys.readouterr().out
-    _, parts, _ = final(tmp_path / "run")
-    for key, value in parts["student"].items():
-        if not key.startswith("opt_state"):
-            np.testing.assert_array_equal(parts["teacher"][key], value)
+    assert "the student at the end of the cycle before, 3 cycles" in capsys.readouterr().out
+    last, parts, _ = final(tmp_path / "run")  # of 12 steps, saved after 4, 8 and 12
+    checkpoints = checkpoint.Checkpoints(tmp_path / "run")
+    before = checkpoints.read(last - 4, "student")
+    checkpoints.close()
+    for key, value in parts["teacher"].items():
+        np.testing.assert_array_equal(before[key], value)
+    kernel = "params/stem/kernel"
+    assert (parts["student"][kernel] != parts["teacher"][kernel]).any()
+
+
+def test_taps_that_do_not_fit_leave_no_run_behind(tmp_path, capsys):
+    arguments = command(tmp_path / "run", "--config.distill.attention_transfer.taps=penultimate")
+    arguments[1] += ":distill=attention_transfer"
+    assert main.main(arguments) == 2
+    assert "penultimate is" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_curves_are_a_picture(finished):

@@ -149,7 +149,7 @@ def test_a_fixed_teacher_does_not_move():
 def test_a_snapshot_teacher_is_the_student_of_the_last_cycle():
     adder = recipe().student
     snapshot = recipe(
-        teacher=adder, teacher_learns=False, losses={"kd": (1.0, kd())}, snapshot_steps=2
+        teacher=adder, teacher_learns=False, losses={"kd": (1.0, kd())}, snapshots=(2,)
     )
     alone = recipe(teacher=None, losses={})
     start = jax.device_get(update.init_state(snapshot, examples()[0]))
@@ -179,7 +179,8 @@ def test_the_losses_shares_in_each_layers_gradient_sum_to_one():
     layers = {name.partition("/")[2] for name in shares}
     assert len(layers) == 8  # the adder layers of ResNet-8
     for layer in layers:
-        each = [shares[f"{loss}/{layer}"] for loss in ("ce", "pkkd", "kd")]
+        each = [shares[f"{loss}/{layer}"] for loss in ("ce", "pkkd", "kd", "own")]
+        assert each[-1] == 0
         np.testing.assert_allclose(sum(each), 1, rtol=1e-4)
     heavier = recipe(alpha=50.0)
     found = jax.device_get(update.pmap(update.gradient_shares(heavier))(start, batch(1)))

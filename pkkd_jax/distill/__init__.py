@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 
@@ -34,6 +35,16 @@ def gather(x: jax.Array, axis_name: str | None) -> jax.Array:
     return x if axis_name is None else lax.all_gather(x, axis_name, tiled=True)
 
 
+def unit(x: jax.Array) -> jax.Array:
+    """`x` brought to length 1 along its last axis; 0, and its gradient too, where it is 0."""
+    return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
+
+
+def rows(features: jax.Array, axis_name: str | None) -> jax.Array:
+    """float32 `[global batch, ...]`: the features of each example of all devices as one vector."""
+    return gather(features.astype(jnp.float32).reshape(len(features), -1), axis_name)
+
+
 # What stands beside a loss's own keywords in `config.distill`.
 WEIGHT = {"weight": 1.0, "weight_schedule": "constant", "final_weight": 0.0}
 
@@ -50,9 +61,10 @@ def schedule(
       total_steps: of the training.
       weight: at the start.
       weight_schedule: "constant", or "linear" or "cosine" from `weight` to `final_weight`.
-      final_weight: at the end; unused if constant.
+      final_weight: at the end of those two.
     Raises:
-      UserError: for an unknown schedule; the message has the nearest right one.
+      UserError: for an unknown schedule, the message has the nearest right one; or for a final
+        weight that a constant does not reach.
     """
     progress = {
         "constant": optax.constant_schedule(0.0),
@@ -61,6 +73,10 @@ def schedule(
     }
     if weight_schedule not in progress:
         raise names.unknown("weight_schedule", weight_schedule, progress)
+    if weight_schedule == "constant" and final_weight:
+        raise names.UserError(
+            f"{final_weight=} with weight_schedule='constant': choose 'linear' or 'cosine'"
+        )
     return lambda step: weight + (final_weight - weight) * progress[weight_schedule](step)
 
 

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pkkd_jax.distill import Distiller, gather
+from pkkd_jax.distill import Distiller, rows, unit
 from pkkd_jax.distill.taps import pair_taps
 from pkkd_jax.names import UserError
 
@@ -14,8 +14,7 @@ __all__ = ["correlation_congruence"]
 
 def correlations(x: jax.Array, gamma: float, order: int) -> jax.Array:
     """`[b, b]`: the Gaussian kernel of the rows of `x`, brought to length 1, by its series."""
-    x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-    cosines = x @ x.T
+    cosines = unit(x) @ unit(x).T
     series = sum((2 * gamma) ** p / math.factorial(p) * cosines**p for p in range(order + 1))
     return math.exp(-2 * gamma) * series
 
@@ -46,8 +45,7 @@ def correlation_congruence(
         )
 
     def of(features, axis_name):
-        flat = features.astype(jnp.float32).reshape(len(features), -1)
-        return correlations(gather(flat, axis_name), gamma, order)
+        return correlations(rows(features, axis_name), gamma, order)
 
     def apply(params, student, teacher, axis_name):
         del params

@@ -57,6 +57,11 @@ def fsp(flows: str = "stages") -> Distiller:
     def apply(params, student, teacher, axis_name):
         del params, axis_name
         of_student, of_teacher = ends(student.features), ends(teacher.features)
+        if len(of_student) != len(of_teacher):
+            raise UserError(
+                f"loss 'fsp' with flows=stages: {len(of_student)} stages of the student and"
+                f" {len(of_teacher)} of the teacher; choose networks with as many"
+            )
         losses = []
         for (a, b), (c, d) in zip(of_student, of_teacher, strict=True):
             first, last = pair_taps("fsp", student, teacher, f"{a}:{c},{b}:{d}", same="channels")

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pkkd_jax.distill import Distiller, gather
+from pkkd_jax.distill import Distiller, rows, unit
 from pkkd_jax.distill.taps import pair_taps
 
 __all__ = ["pkt"]
@@ -29,10 +29,9 @@ def pkt(taps: str = "penultimate") -> Distiller:
     """
 
     def neighbours(features, axis_name):
-        x = gather(features.astype(jnp.float32).reshape(len(features), -1), axis_name)
-        x = x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+        x = unit(rows(features, axis_name))
         others = ~jnp.eye(len(x), dtype=bool)
-        kernel = jnp.where(others, (x @ x.T + 1) / 2, 0.0)
+        kernel = jnp.where(others, jnp.maximum(x @ x.T + 1, 0.0) / 2, 0.0)
         return kernel / kernel.sum(-1, keepdims=True), others
 
     def divergence(pair, axis_name):

@@ -4,28 +4,31 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from pkkd_jax.distill import Distiller, gather
+from pkkd_jax.distill import Distiller, rows
 from pkkd_jax.distill.taps import pair_taps
+from pkkd_jax.names import UserError
 
 __all__ = ["relational"]
 
 
-def distances(x: jax.Array) -> jax.Array:
-    """`[b, b]`: Euclidean distances of the rows of `x`, divided by the mean over distinct pairs."""
-    squares = jnp.square(x[:, None] - x[None]).sum(-1)
-    apart = squares > 0
+def measures(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Distances of the rows of `x`, and cosines of the angles that three of them make.
+
+    Returns:
+      `[b, b]`, divided by the mean over distinct pairs; and `[b, b, b]`, at `[j, i, k]` the angle
+      at `x_j` between `x_i` and `x_k`. Both are 0 where rows coincide, and so are their gradients.
+    """
+    x = x - x.mean(0)
+    products = jnp.matmul(x, x.T, precision="highest")
+    own = jnp.diag(products)
+    squares = own[:, None] + own[None] - 2 * products
+    apart = ~jnp.eye(len(x), dtype=bool) & (squares > 1e-6 * own.mean())
     found = jnp.where(apart, jnp.sqrt(jnp.where(apart, squares, 1.0)), 0.0)
-    count = len(x) * (len(x) - 1)
-    return found / jnp.maximum(found.sum() / count, 1e-12)
-
-
-def angles(x: jax.Array) -> jax.Array:
-    """`[b, b, b]`: at `[j, i, k]` the cosine of the angle at `x_j` between `x_i` and `x_k`."""
-    towards = x[None] - x[:, None]
-    squares = jnp.square(towards).sum(-1, keepdims=True)
-    apart = squares > 0
-    unit = jnp.where(apart, towards / jnp.sqrt(jnp.where(apart, squares, 1.0)), 0.0)
-    return jnp.einsum("jic,jkc->jik", unit, unit)
+    inverse = jnp.where(apart, 1 / jnp.where(apart, found, 1.0), 0.0)
+    # (x_i - x_j) . (x_k - x_j), which needs no [b, b, features].
+    inner = products[None] - products[:, :, None] - products[:, None, :] + own[:, None, None]
+    mean = found.sum() / (len(x) * (len(x) - 1))
+    return found / jnp.maximum(mean, 1e-12), inner * inverse[:, :, None] * inverse[:, None, :]
 
 
 def relational(
@@ -48,26 +51,26 @@ def relational(
       A `Distiller` without parameters; its metrics are `loss_rkd_distance` and `loss_rkd_angle`,
       without their weights.
     Raises:
-      UserError: when applied, for taps that are not there.
+      UserError: when applied, for taps that are not there, or fewer than three examples.
     References:
       Park et al., Relational Knowledge Distillation, CVPR 2019, Eqs. 6-11.
     """
-
-    def compare(measure, teacher, student, count):
-        # Where two of the examples are one, both sides are equal and add nothing.
-        return optax.losses.huber_loss(measure(student), measure(teacher)).sum() / count
 
     def apply(params, student, teacher, axis_name):
         del params
         by_distance, by_angle = [], []
         for pair in pair_taps("relational", student, teacher, taps):
-            both = [
-                gather(features.astype(jnp.float32).reshape(len(features), -1), axis_name)
-                for features in (pair.teacher, pair.student)
-            ]
-            b = len(both[0])
-            by_distance.append(compare(distances, *both, b * (b - 1)))
-            by_angle.append(compare(angles, *both, b * (b - 1) * (b - 2)))
+            ours, theirs = (measures(rows(x, axis_name)) for x in (pair.student, pair.teacher))
+            b = len(ours[0])
+            if b < 3:
+                raise UserError(
+                    f"loss 'relational' compares triples of examples, and a batch has {b}: choose"
+                    " a larger config.batch_size or fewer config.accumulate_steps"
+                )
+            # Where two of a triple are one, both sides are equal and add nothing.
+            huber = [optax.losses.huber_loss(x, y).sum() for x, y in zip(ours, theirs, strict=True)]
+            by_distance.append(huber[0] / (b * (b - 1)))
+            by_angle.append(huber[1] / (b * (b - 1) * (b - 2)))
         distance, angle = jnp.stack(by_distance).mean(), jnp.stack(by_angle).mean()
         loss = distance_weight * distance + angle_weight * angle
         return loss, {"loss_rkd_distance": distance, "loss_rkd_angle": angle}

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pkkd_jax.distill import Distiller, gather
+from pkkd_jax.distill import Distiller, rows, unit
 from pkkd_jax.distill.taps import pair_taps
 
 __all__ = ["similarity_preserving"]
@@ -25,10 +25,8 @@ def similarity_preserving(taps: str = "stage_outputs") -> Distiller:
     """
 
     def similarities(features, axis_name):
-        flat = features.astype(jnp.float32).reshape(len(features), -1)
-        everyone = gather(flat, axis_name)
-        rows = everyone @ everyone.T
-        return rows / jnp.maximum(jnp.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
+        everyone = rows(features, axis_name)
+        return unit(everyone @ everyone.T)
 
     def apply(params, student, teacher, axis_name):
         del params

@@ -49,8 +49,12 @@ def select_taps(features, taps: str) -> list[str]:
         return list(last.values()) or (outputs if taps.endswith("outputs") else responses)
     chosen = [tap.strip() for tap in taps.split(",")]
     for tap in chosen:
+        if tap in ("auto", "all", *LAST):
+            raise UserError(f"{taps=}: {tap!r} stands alone; name all taps, or use it alone")
         if tap not in features:
-            raise unknown("tap", tap, {*features, "all", *LAST})
+            raise unknown("tap", tap, {*features, "auto", "all", *LAST})
+    if len(set(chosen)) < len(chosen):
+        raise UserError(f"{taps=}: a tap stands there twice; name each once")
     return chosen
 
 

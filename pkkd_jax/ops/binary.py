@@ -42,8 +42,11 @@ def project(w: Array, projection: Array, weight: float, rate: float) -> Array:
     `weight / 2 ||projection (w + rate d) - result||^2` reach both arguments:
 
         dw = (d 1[|projection w| <= 1] + missed) projection
-        dprojection = sum over channels and filters of d 1[|projection w| <= 1] w
-                      + missed (w + rate d),     missed = weight (projection (w + rate d) - result)
+        dprojection = sum over channels and filters of d 1[|projection w| <= 1] w + missed w
+                      + weight (projection w - result) rate d
+        missed = weight (projection (w + rate d) - result)
+
+    without the paper's term in d^2: so the mean over devices is that of the global batch.
 
     Args:
       w: `[kh, kw, c_in, c_out]`.
@@ -66,9 +69,9 @@ def _project_bwd(weight, rate, residuals, d):
     w, projection, result = residuals
     p = projection[:, :, None, None]
     passed = d * (jnp.abs(p * w) <= 1)
-    moved = w + rate * d
-    missed = weight * (p * moved - result)
-    return (passed + missed) * p, (passed * w + missed * moved).sum((2, 3))
+    still = weight * (p * w - result)
+    missed = still + weight * p * rate * d
+    return (passed + missed) * p, ((passed + missed) * w + still * rate * d).sum((2, 3))
 
 
 project.defvjp(_project_fwd, _project_bwd)
