@@ -160,7 +160,7 @@ def test_a_snapshot_teacher_is_the_student_of_the_last_cycle():
     assert differs(after[3].student.params, after[2].student.params)
     # In the first cycle it learns from the labels alone.
     start = start.replace(teacher=None)
-    assert_close(run(alone, start)[0].student, after[2].student, 1e-5)
+    assert_close(run(alone, start)[0].student, after[2].student, 1e-4)
 
 
 def test_a_weight_by_step_is_that_of_the_step():
