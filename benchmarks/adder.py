@@ -98,18 +98,22 @@ class Ceilings:
 
 def on_threads(work, items) -> float:
     """1e9 of what `work` returns a second, summed over one thread an item, the best of five."""
-    rates = []
-    for _ in range(5):
-        time.sleep(0.002)  # threads of XLA's pool spin for a while after their last task
-        done: list[float] = []
-        threads = [threading.Thread(target=lambda i=i, d=done: d.append(work(i))) for i in items]
-        begin = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        rates.append(sum(done) / (time.perf_counter() - begin) / 1e9)
-    return max(rates)
+    barrier = threading.Barrier(len(items))
+    rates: list[list[float]] = [[] for _ in items]
+
+    def run(item, own):
+        for _ in range(5):
+            barrier.wait()
+            begin = time.perf_counter()
+            own.append(work(item) / (time.perf_counter() - begin) / 1e9)
+
+    time.sleep(0.002)  # threads of XLA's pool spin for a while after their last task
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(items, rates, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return max(sum(together) for together in zip(*rates, strict=True))
 
 
 def seconds_of(function, least: float = 0.05) -> float:

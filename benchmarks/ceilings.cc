@@ -32,9 +32,9 @@ UNROLL
   }
 }
 
-constexpr int kWide = kRegisters == 32 ? 12 : 4;
+constexpr int kWide = kRegisters == 32 ? 12 : 5;
 constexpr int kProduct = kRegisters == 32 ? 12 : 6;
-constexpr int kInput = kRegisters == 32 ? 12 : 6;
+constexpr int kInput = kRegisters == 32 ? 12 : 5;
 
 }  // namespace
 
@@ -73,8 +73,9 @@ PUBLIC double input_gradient(long repeats, const float* dy, const float* w, floa
     Vector here[kInput];
     for (int m = 0; m < kInput; ++m) here[m] = load(w + m * kLanes);
     sum<kInput, 1>(dy, w, out, [&](Vector g, Vector f, Vector total, int m, int) {
-      Vector d = m % 2 ? mul_sub(f, one, here[m]) : sub(f, here[m]);
-      if (m % 2) OPAQUE(d);
+      const bool fused = kRegisters == 32 && m % 2;  // another port's work on AVX-512
+      Vector d = fused ? mul_sub(f, one, here[m]) : sub(f, here[m]);
+      if (fused) OPAQUE(d);
       return mul_add(g, clip(d, one), total);
     });
   }
