@@ -210,6 +210,31 @@ def load_network(run_dir: str | Path, which: str = "student", step: str | int = 
                 " it as load_network(..., model=...); at the command line, --trust imports it"
             )
         model = models.build(**description)
+    with _saved(run_dir, step) as (checkpoints, chosen):
+        flat = checkpoints.read(chosen, which)
+    variables = {"params": {}, "batch_stats": {}}
+    nested = traverse_util.unflatten_dict(flat, sep="/")
+    variables.update({key: nested[key] for key in variables if key in nested})
+    return model, jax.tree.map(np.asarray, variables)
+
+
+def load_state(run_dir: str | Path, template: DistillState, step: str | int = "last"):
+    """The whole state of a training, in the structure of `template`, as NumPy arrays.
+
+    Args:
+      run_dir: a directory that a training wrote.
+      template: a state of the same configuration, as `update.init_state` makes it.
+      step: "last", "best" (by test accuracy of the student) or a saved step.
+    Raises:
+      UserError: if there is no such step, or it is of another architecture.
+    """
+    with _saved(run_dir, step) as (checkpoints, chosen):
+        return checkpoints.restore(chosen, template)
+
+
+@contextlib.contextmanager
+def _saved(run_dir: str | Path, step: str | int):
+    """Yields the checkpoints of a run, and which of its steps `step` is."""
     if not (Path(run_dir) / "checkpoints").is_dir():
         raise UserError(f"the run in {str(run_dir)!r} has no checkpoint yet")
     checkpoints = Checkpoints(Path(run_dir))
@@ -222,10 +247,6 @@ def load_network(run_dir: str | Path, which: str = "student", step: str | int = 
             raise UserError(
                 f"{step=} of {str(run_dir)!r}: expected 'last', 'best' or one of {steps}"
             )
-        flat = checkpoints.read(chosen, which)
+        yield checkpoints, chosen
     finally:
         checkpoints.close()
-    variables = {"params": {}, "batch_stats": {}}
-    nested = traverse_util.unflatten_dict(flat, sep="/")
-    variables.update({key: nested[key] for key in variables if key in nested})
-    return model, jax.tree.map(np.asarray, variables)

@@ -284,19 +284,16 @@ def joint_update(recipe: Recipe) -> Callable:
     return update
 
 
-def gradient_shares(recipe: Recipe) -> Callable:
-    """Makes `(state, batch) -> shares` of the student's losses in its gradient, for `pmap`.
+def student_gradients(recipe: Recipe) -> Callable:
+    """Makes `(state, batch) -> gradients` of each of the student's losses alone, for `pmap`.
 
-        share of loss i in a layer = <g_i, g> / <g, g>,   g = sum_i g_i
-
-    over the first micro-batch of `batch`. An adder layer's gradient is scaled to a fixed norm, so
-    that these shares, which sum to 1, are all that the losses' weights mean to it. The names are
-    `<loss>/<layer>`, of adder layers, or of all layers with a kernel if there are none; "own" is
-    what a layer adds to its gradient itself ("pcnn" does).
+    They are of the first micro-batch of `batch`: loss -> layer -> array, of adder layers' filters,
+    or of all kernels if there are none. "own" is what a layer adds to its gradient itself ("pcnn"
+    does), so that all of them sum to the gradient of an update.
     """
     terms = _terms(recipe)
 
-    def shares(state: DistillState, batch):
+    def gradients(state: DistillState, batch):
         images, key = _prepared(recipe, state.step, 0, batch["image"][0])
         params, stats = _trees(state)
 
@@ -309,28 +306,44 @@ def gradient_shares(recipe: Recipe) -> Callable:
 
         found, pull_back = jax.vjp(of_student, state.student.params)
         zeros = jax.tree.map(jnp.zeros_like, found)
-        # A layer may have a gradient of its own, as "pcnn" has: it is no loss's.
         own = pull_back(zeros)[0]
-        gradients = {"own": own} | {
+        each = {"own": own} | {
             name: jax.tree.map(jnp.subtract, pull_back({**zeros, name: jnp.ones(())})[0], own)
             for name in found
         }
-        gradients = {
-            name: traverse_util.flatten_dict(lax.pmean(gradient, AXIS))
-            for name, gradient in gradients.items()
+        flat = {name: traverse_util.flatten_dict(tree, sep=".") for name, tree in each.items()}
+        leaf = ".filters" if any(path.endswith(".filters") for path in flat["ce"]) else ".kernel"
+        return lax.pmean(
+            {
+                name: {k.removesuffix(leaf): v for k, v in tree.items() if k.endswith(leaf)}
+                for name, tree in flat.items()
+            },
+            AXIS,
+        )
+
+    return gradients
+
+
+def gradient_shares(recipe: Recipe) -> Callable:
+    """Makes `(state, batch) -> shares` of the student's losses in its gradient, for `pmap`.
+
+        share of loss i in a layer = <g_i, g> / <g, g>,   g = sum_i g_i
+
+    An adder layer's gradient is scaled to a fixed norm, so that these shares, which sum to 1, are
+    all that the losses' weights mean to it. The names are `<loss>/<layer>`, see
+    `student_gradients`.
+    """
+    gradients = student_gradients(recipe)
+
+    def shares(state: DistillState, batch):
+        each = gradients(state, batch)
+        total = jax.tree.map(lambda *all_losses: sum(all_losses), *each.values())
+        return {
+            f"{loss}/{layer}": jnp.vdot(gradient, total[layer])
+            / jnp.maximum(jnp.vdot(total[layer], total[layer]), 1e-30)
+            for loss, of_layers in each.items()
+            for layer, gradient in of_layers.items()
         }
-        leaves = {path[-1] for path in gradients["ce"]}
-        wanted = "filters" if "filters" in leaves else "kernel"
-        result = {}
-        for path in gradients["ce"]:
-            if path[-1] == wanted:
-                each = {name: gradient[path].ravel() for name, gradient in gradients.items()}
-                total = sum(each.values())
-                for name, gradient in each.items():
-                    result[f"{name}/{'.'.join(path[:-1])}"] = (gradient @ total) / jnp.maximum(
-                        total @ total, 1e-30
-                    )
-        return result
 
     return shares
 
