@@ -1,6 +1,7 @@
 """A table's finished cells as Markdown, and as a plot."""
 
 import functools
+import itertools
 import math
 import statistics
 import subprocess
@@ -10,6 +11,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 COLOURS = {"ours": "#0072B2", "published": "#D55E00"}  # Okabe and Ito: safe for colour-blind eyes
+LINES = [
+    {"color": colour, "linestyle": style}
+    for style in ("-", "--", ":")
+    for colour in ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+]
 
 
 @functools.cache
@@ -116,10 +122,34 @@ def plot(table: dict, found: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def plot_curves(table: dict, found: dict, path: Path) -> None:
+    """Each row's accuracy along its first run, and what recalibrating BatchNorm adds to it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = table["columns"]
+    figure = Figure(figsize=(12, 1 + 4.5 * len(columns)), layout="constrained")
+    FigureCanvasAgg(figure)
+    every = figure.subplots(len(columns), 2, squeeze=False)
+    for column, (accuracy, gain) in zip(columns, every, strict=True):
+        for row, line in zip(table["rows"], itertools.cycle(LINES), strict=False):
+            for cell in found[row, column][:1]:
+                steps, recalibrated, raw = zip(*cell["curve"], strict=True)
+                accuracy.plot(steps, recalibrated, label=row, **line)
+                gain.plot(steps, [a - b for a, b in zip(recalibrated, raw, strict=True)], **line)
+        accuracy.set(xlabel="step", ylabel=f"accuracy on {column} (%)")
+        gain.set(xlabel="step", ylabel="recalibrated - as trained (points)")
+        for axes in (accuracy, gain):
+            axes.grid(alpha=0.3)
+    figure.legend(*every[0, 0].get_legend_handles_labels(), loc="outside right", fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def write(path: Path, table: dict, found: dict, command: str) -> str:
-    """Writes `path.md` and `path.png`, and returns the Markdown."""
+    """Writes `path.md`, `path.png` and `path-curves.png`, and returns the Markdown."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = markdown(table, found, command)
-    path.with_suffix(".md").write_text(text)
-    plot(table, found, path.with_suffix(".png"))
+    Path(f"{path}.md").write_text(text)
+    plot(table, found, Path(f"{path}.png"))
+    plot_curves(table, found, Path(f"{path}-curves.png"))
     return text

@@ -116,7 +116,10 @@ def read(run_dir: Path) -> dict | None:
     results = json.loads((run_dir / "results.json").read_text())
     config = json.loads((run_dir / "config.json").read_text())
     judge = "validation" if config["data"]["validation"] else "test"
-    rates = [r["train/images_per_s"] for r in metrics.read(run_dir) if "train/images_per_s" in r]
+    rows = metrics.read(run_dir)
+    rates = [row["train/images_per_s"] for row in rows if "train/images_per_s" in row]
+    leaf = f"{judge}/student/accuracy"
+    curve = [(r["step"], r[leaf], r[f"{leaf}_uncalibrated"]) for r in rows if leaf in r]
     kd = config["distill"].get("kd", {"weight": 0.0})
     return {
         "accuracy": 100 * results[f"{judge}/student/accuracy"],
@@ -125,6 +128,7 @@ def read(run_dir: Path) -> dict | None:
         "kd": config["teacher"]["mode"] != "none" and bool(kd["weight"]),
         "images_per_s": statistics.median(rates) if rates else float("nan"),
         "judge": judge,
+        "curve": [(step, 100 * recalibrated, 100 * raw) for step, recalibrated, raw in curve],
         **{key: results[key] for key in ("steps", "wall_s", "versions", "device")},
         "batch_size": config["batch_size"],
     }
@@ -235,7 +239,7 @@ def make(table: dict, wanted: list[str], given, leaves: list[str], command: str)
                 if status:
                     failed.append(f"{name}, {column}, seed {seed}")
                 write()
-    print(f"\n{write()}\nin {path.with_suffix('.md')} and {path.with_suffix('.png')}")
+    print(f"\n{write()}\nin {path}.md, {path}.png and {path}-curves.png")
     if failed:
         print(f"error: failed: {'; '.join(failed)}; see above", file=sys.stderr)
     return 2 if failed else 0
