@@ -1,10 +1,12 @@
 """Whole training steps on synthetic CIFAR-10 images: seconds, ratios, peak memory, growth.
 
-python benchmarks/step.py [--batch_size 128] [--depth 20] [--peers] [--growth] [--json FILE]
+python benchmarks/step.py [--batch_size 128] [--depth 20] [--methods] [--peers] [--growth]
+    [--json FILE]
 
 Each case trains in a process of its own, after warming up; the cases take turns, and medians over
-all turns are printed. `--peers` adds the same CNN in PyTorch (`pip install '.[peers]'`), which has
-no augmentation in its step. `--growth` adds the time of an ANN step by batch size and by depth.
+all turns are printed. `--methods` adds the other methods of distillation, `--peers` the same CNN in
+PyTorch (`pip install '.[peers]'`), which has no augmentation in its step. `--growth` adds the time
+of an ANN step by batch size and by depth.
 """
 
 import argparse
@@ -17,14 +19,25 @@ import sys
 import time
 
 TURNS, WARM_UP, STEPS = 3, 3, 12
-CASES = {
-    "ANN": "adder network alone",
-    "CNN": "its convolutional twin alone, with this package's convolution",
-    "CNN, XLA": "the same with XLA's own convolution",
-    "KD": "teacher and student, KD",
-    "PKKD": "teacher and student, PKKD with the taps of the configuration",
-    "PKKD, 3x3": "teacher and student, PKKD at every 3x3 layer",
-}
+CASES = (
+    "ANN",
+    "CNN",  # its convolutional twin, with this package's convolution
+    "CNN, XLA",  # the same with XLA's own
+    "KD",  # teacher and student
+    "PKKD",  # with the taps of the configuration
+    "PKKD, 3x3",  # at every 3x3 layer
+)
+# Each with KD, as the tables have them.
+METHODS = (
+    "fitnets",
+    "attention_transfer",
+    "similarity_preserving",
+    "fsp",
+    "relational",
+    "pkt",
+    "correlation_congruence",
+)
+FIXED = ", fixed teacher"
 PEER = "CNN, PyTorch"
 
 
@@ -34,26 +47,22 @@ def jax_step(case: str, depth: int, batch_size: int):
     import numpy as np
     import optax
 
-    from pkkd_jax import models, optim, update
-    from pkkd_jax.distill.kd import kd
-    from pkkd_jax.distill.pkkd import pkkd
+    from pkkd_jax import config, distill, models, optim, update
 
     def network(conv):
         return models.build("resnet_cifar", depth=depth, num_classes=10, conv=conv)
 
-    joint = case in ("KD", "PKKD", "PKKD, 3x3")
-    losses = {"kd": (1.0, kd())} if joint else {}
-    if case == "PKKD":
-        losses["pkkd"] = (1.0, pkkd())
+    joint = case not in ("ANN", "CNN", "CNN, XLA")
+    losses = config.losses(case.partition(",")[0].lower() if joint else "none")
     if case == "PKKD, 3x3":
         blocks = [f"stage{s}.block{b}" for s in (1, 2, 3) for b in range(1, (depth - 2) // 6 + 1)]
         taps = ",".join(f"{block}.conv{i}" for block in blocks for i in (1, 2))
-        losses["pkkd"] = (1.0, pkkd(taps=taps))
+        losses["pkkd"]["taps"] = taps
     recipe = update.Recipe(
         student=network("conv" if case.startswith("CNN") else "adder"),
         teacher=network("conv") if joint else None,
-        teacher_learns=joint,
-        losses=losses,
+        teacher_learns=joint and not case.endswith(FIXED),
+        losses=distill.build(losses, 1000),
         alpha=1.0,
         optimiser=optim.build(1000, momentum=0.9),
         distiller_optimiser=optax.sgd(0.1, momentum=0.9),
@@ -63,7 +72,10 @@ def jax_step(case: str, depth: int, batch_size: int):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch_size, 32, 32, 3), np.uint8)
     labels = rng.integers(0, 10, batch_size).astype(np.int32)
-    state = update.replicate(update.init_state(recipe, images[:256]))
+    teacher = None
+    if case.endswith(FIXED):
+        teacher = update.init_network(recipe.teacher, jax.random.key(0), images.shape[1:])
+    state = update.replicate(update.init_state(recipe, images[:256], teacher))
     batch = {"image": images[None, None], "label": labels[None, None]}
     mapped = update.pmap(update.joint_update(recipe), donate=True)
 
@@ -199,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--depth", type=int, default=20, help="6n + 2")
+    parser.add_argument("--methods", action="store_true", help="other methods of distillation too")
     parser.add_argument("--peers", action="store_true", help="PyTorch too")
     parser.add_argument("--growth", action="store_true", help="by batch size and depth too")
     parser.add_argument("--json", help="file for all figures")
@@ -214,12 +227,15 @@ def main() -> None:
 
     print(f"ResNet-{depth}, batch {batch_size}, {os.cpu_count()} cores, jax {jax.__version__},"
           f" adder op: {adder.implementation('cpu')}")  # fmt: skip
-    cases = dict(CASES)
+    cases = list(CASES)
+    if arguments.methods:
+        cases += [f"{case}{FIXED}" for case in ("KD", "PKKD")]
+        cases += [f"{method}+kd" for method in METHODS]
     if arguments.peers:
         import torch
 
         print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
-        cases |= {f"{PEER}, contiguous": "contiguous", f"{PEER}, channels last": "channels last"}
+        cases += [f"{PEER}, contiguous", f"{PEER}, channels last"]
     found: dict[str, list] = {case: [] for case in cases}
     for _ in range(TURNS):
         for case, runs in found.items():
@@ -228,11 +244,12 @@ def main() -> None:
         c: statistics.median(s for r in runs for s in r["seconds"]) for c, runs in found.items()
     }
     memory = {c: statistics.median(r["peak_mb"] for r in runs) for c, runs in found.items()}
-    print(f"\n{'':>28} {'s/step':>8} {'img/s':>7} {'peak MB':>8}  (a process without a step: "
-          f"{found['ANN'][0]['before_mb']:.0f} MB)")  # fmt: skip
+    print(f"\na process without a step: {found['ANN'][0]['before_mb']:.0f} MB")
+    print(f"{'':>28} {'s/step':>8} {'of ANN':>7} {'img/s':>7} {'peak MB':>8}")
     for case in cases:
         rate = batch_size / seconds[case]
-        print(f"{case:>28} {seconds[case]:>8.3f} {rate:>7.0f} {memory[case]:>8.0f}")
+        share = seconds[case] / seconds["ANN"]
+        print(f"{case:>28} {seconds[case]:>8.3f} {share:>7.2f} {rate:>7.0f} {memory[case]:>8.0f}")
     ratios = {
         "PKKD / (ANN + CNN)": seconds["PKKD"] / (seconds["ANN"] + seconds["CNN"]),
         "PKKD / KD": seconds["PKKD"] / seconds["KD"],
