@@ -32,7 +32,7 @@ UNROLL
   }
 }
 
-constexpr int kWide = kRegisters == 32 ? 12 : 5;
+constexpr int kWide = kRegisters == 32 ? 12 : 4;
 constexpr int kProduct = kRegisters == 32 ? 12 : 6;
 constexpr int kInput = kRegisters == 32 ? 12 : 5;
 

@@ -168,12 +168,12 @@ def test_a_weight_by_step_is_that_of_the_step():
     constant = {weight: recipe(losses={"kd": (weight, kd())}) for weight in (0.0, 1.0)}
     start = jax.device_get(update.init_state(ramp, examples()[0]))
     one = run(ramp, start, steps=1)[0]
-    assert_close(one.student, run(constant[0.0], start, steps=1)[0].student, 1e-4)
+    assert_close(one.student, run(constant[0.0], start, steps=1)[0].student, 1e-6)
     two = run(ramp, start, steps=2)[0]
     unweighted = run(constant[0.0], one, steps=1)[0].student
-    assert_close(two.student, run(constant[1.0], one, steps=1)[0].student, 1e-4)
+    assert_close(two.student, run(constant[1.0], one, steps=1)[0].student, 1e-5)
     with pytest.raises(AssertionError):
-        assert_close(two.student, unweighted, 1e-4)
+        assert_close(two.student, unweighted, 1e-5)
 
 
 def test_the_losses_shares_in_each_layers_gradient_sum_to_one():
