@@ -22,7 +22,7 @@ from flax import linen
 from jax import lax
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, data, experiment, update
+from pkkd_jax import checkpoint, experiment, update
 from pkkd_jax.names import UserError
 from pkkd_jax.ops.adder import adder_conv
 
@@ -94,11 +94,8 @@ def cosines(
         )
     if data_dir:
         config["data"]["data_dir"] = data_dir
-    config.pop("num_classes")
     built = experiment.build(ConfigDict(config))
-    images = data.first_examples(built.splits.train, min(256, config["batch_size"]))
-    state = update.init_state(built.recipe, images, built.teacher_variables)
-    state = update.replicate(checkpoint.load_state(run_dir, state, step))
+    state = update.replicate(checkpoint.load_state(run_dir, built.initial_state(), step))
     layers = {"surrogate": "adder"} | {
         name: f"{__package__}.gradients.{layer.__name__}"
         for name, layer in (("filters", TrueFilters), ("everywhere", TrueLayer))

@@ -122,8 +122,8 @@ def read(run_dir: Path) -> dict | None:
     curve = [(r["step"], r[leaf], r[f"{leaf}_uncalibrated"]) for r in rows if leaf in r]
     kd = config["distill"].get("kd", {"weight": 0.0})
     return {
-        "accuracy": 100 * results[f"{judge}/student/accuracy"],
-        "uncalibrated": 100 * results[f"{judge}/student/accuracy_uncalibrated"],
+        "accuracy": 100 * results[leaf],
+        "uncalibrated": 100 * results[f"{leaf}_uncalibrated"],
         "teacher": 100 * results.get(f"{judge}/teacher/accuracy", float("nan")),
         "kd": config["teacher"]["mode"] != "none" and bool(kd["weight"]),
         "images_per_s": statistics.median(rates) if rates else float("nan"),

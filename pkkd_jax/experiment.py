@@ -14,6 +14,7 @@ from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError, unknown
 from pkkd_jax.ops import adder
+from pkkd_jax.state import DistillState
 
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
@@ -108,6 +109,13 @@ class Experiment:
     parameters: dict[str, int]
     total_steps: int
     eval_steps: frozenset[int]
+
+    def initial_state(self) -> DistillState:
+        """The state before the first step; the losses start from the first training examples."""
+        train = self.splits.train
+        count = min(self.config["batch_size"], 256, len(train))
+        images = data.first_examples(train, count)
+        return update_lib.init_state(self.recipe, images, self.teacher_variables)
 
 
 def _local_devices() -> tuple[int, int]:

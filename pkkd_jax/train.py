@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, data, experiment, metrics
+from pkkd_jax import checkpoint, experiment, metrics
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError
@@ -198,9 +198,7 @@ def train_and_evaluate(
         if steps and steps[-1] == built.total_steps and results_path.exists():
             results = json.loads(results_path.read_text())
         else:
-            count = min(built.config["batch_size"], 256, len(built.splits.train))
-            images = data.first_examples(built.splits.train, count)
-            state = update_lib.init_state(built.recipe, images, built.teacher_variables)
+            state = built.initial_state()
             if steps:
                 state = checkpoints.restore(steps[-1], state)
             elif writes:  # only now: a mistake that showed before can be mended in this directory
