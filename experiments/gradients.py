@@ -22,7 +22,7 @@ from flax import linen
 from jax import lax
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, experiment, update
+from pkkd_jax import checkpoint, experiment, runs, update
 from pkkd_jax.names import UserError
 from pkkd_jax.ops.adder import adder_conv
 
@@ -72,7 +72,12 @@ class TrueLayer(TrueFilters):
 
 
 def cosines(
-    run_dir: str | Path, *, batches: int = 8, step: str | int = "last", data_dir: str = ""
+    run_dir: str | Path,
+    *,
+    batches: int = 8,
+    step: str | int = "last",
+    data_dir: str = "",
+    trust: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Cosines of a run's surrogate gradients with the true ones.
 
@@ -81,17 +86,21 @@ def cosines(
       batches: of the training's own, over which each gradient is averaged.
       step: "last", "best" or a saved step.
       data_dir: where the data set's files are; the run's own place if "".
+      trust: whether what the run names from outside the package is imported.
     Returns:
       Layer -> {"ce, filters", "ce, everywhere", "all, filters", "all, everywhere"} -> cosine.
     Raises:
       UserError: if there is no such run or step, or its student does not add.
     """
-    config = checkpoint.read_config(run_dir)
+    config = runs.read_config(run_dir)
     if config["student"]["conv"] != "adder":
         raise UserError(
             f"the student in {str(run_dir)!r} has conv={config['student']['conv']!r}: choose a run"
             " of an adder network"
         )
+    if not trust:
+        parts = ("student", "teacher", "data", "distill", "optim")
+        runs.refuse_outside(run_dir, config, parts, "--trust imports it")
     if data_dir:
         config["data"]["data_dir"] = data_dir
     built = experiment.build(ConfigDict(config))
@@ -132,13 +141,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batches", type=int, default=8, help="over which gradients are averaged")
     parser.add_argument("--step", default="last", help="last, best, or a saved step")
     parser.add_argument("--data_dir", default="", help="where the data set's files are")
+    parser.add_argument("--trust", action="store_true", help="import what the run names of others")
     given = parser.parse_args(argv)
-    step = int(given.step) if given.step.isdigit() else given.step
     try:
         if given.batches < 1:
             raise UserError(f"--batches={given.batches}: it must be 1 or more")
         for run_dir in given.run_dirs:
-            found = cosines(run_dir, batches=given.batches, step=step, data_dir=given.data_dir)
+            found = cosines(
+                run_dir,
+                batches=given.batches,
+                step=given.step,
+                data_dir=given.data_dir,
+                trust=given.trust,
+            )
             names = list(next(iter(found.values())))
             mean = {name: statistics.mean(each[name] for each in found.values()) for name in names}
             print(f"{run_dir}\n\n| layer | {' | '.join(names)} |\n|---|{'---|' * len(names)}")

@@ -18,9 +18,9 @@ import tomllib
 from pathlib import Path
 
 from experiments import report
-from pkkd_jax import checkpoint, metrics, train
 from pkkd_jax import config as config_lib
 from pkkd_jax import main as training
+from pkkd_jax import metrics, runs, train
 from pkkd_jax.names import UserError, unknown
 
 HERE = Path(__file__).parent
@@ -154,7 +154,7 @@ def finished(cells: Cells, table: dict, row: dict, column: str, seed: int) -> bo
     if not read(run_dir):
         return False
     wanted = config_lib.to_json(training.parse(cells.command(table, row, column, seed)[2:])[0])
-    theirs = checkpoint.read_config(run_dir)
+    theirs = runs.read_config(run_dir)
     train.check_run(run_dir, {**wanted, "num_classes": theirs["num_classes"]})
     return True
 

@@ -1,103 +1,187 @@
-"""Checkpoints: Orbax behind a thin wrapper, and networks loaded from any run directory."""
+"""Checkpoints: Orbax behind a thin wrapper, with checksums; networks loaded from any run."""
 
 import contextlib
 import errno
 import json
 import os
 import shutil
+import warnings
+import zlib
 from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import serialization, traverse_util
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from pkkd_jax import models
+from pkkd_jax import models, runs
 from pkkd_jax.names import UserError
 from pkkd_jax.state import DistillState
 
 PARTS = ("student", "teacher", "distiller")
+RECORD = "record"  # of a checkpoint: its accuracy, and the CRC-32 of every array by part
 KEEP_LATEST = 2
 SPARE_BYTES = 2**20  # for a checkpoint's metadata
 
+Flat = dict[str, np.ndarray]
 
-def _flatten(tree) -> dict[str, np.ndarray]:
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was saved; the message says why."""
+
+
+def _flatten(tree) -> Flat:
     """A tree as `{"params/stem/kernel": array}`, in copies that no donated buffer can reach."""
     flat = traverse_util.flatten_dict(serialization.to_state_dict(tree), sep="/")
     return {key: np.array(value) for key, value in flat.items()}
 
 
-class Checkpoints:
-    """The checkpoints of one run: the latest two, and the one of the best accuracy unseen."""
+class _Keep:
+    """Orbax's retention: the latest checkpoints, and the one of the best accuracy."""
 
-    def __init__(self, run_dir: Path):
-        policies = preservation_policy
-        keep = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(KEEP_LATEST),
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["accuracy"],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                ),
-            ]
+    def __init__(self, accuracies: dict[int, float]):
+        self.accuracies = accuracies
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        steps = [each.step for each in checkpoints]
+        best = _best(self.accuracies, steps)
+        return [step == best or step in sorted(steps)[-KEEP_LATEST:] for step in steps]
+
+
+def _best(accuracies: dict[int, float], steps: list[int]) -> int | None:
+    return max((s for s in steps if s in accuracies), key=lambda s: accuracies[s], default=None)
+
+
+class Checkpoints:
+    """The checkpoints of one run: the latest two, and the one of the best accuracy unseen.
+
+    Of several processes that train together only the first has one: it reads and writes for all.
+
+    Args:
+      run_dir: the run directory.
+      read_only: whether nothing is made, moved or deleted there.
+    """
+
+    def __init__(self, run_dir: Path, read_only: bool = False):
+        self._run_dir = Path(run_dir).absolute()
+        self._accuracies: dict[int, float] = {}
+        # Orbax would write accuracies into files of its own, which it could not read when damaged.
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=jax.process_index(), active_processes={jax.process_index()}
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=keep,
-            best_fn=lambda metrics: metrics["accuracy"],
+            preservation_policy=_Keep(self._accuracies),
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+            create=False,
+            save_root_metadata=False,
             enable_async_checkpointing=True,
+            multiprocessing_options=alone,
         )
-        self._manager = ocp.CheckpointManager(
-            (Path(run_dir) / "checkpoints").absolute(), options=options, item_names=PARTS
-        )
+        directory = self._run_dir / "checkpoints"
+        if not read_only:
+            directory.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(directory, options=options)
+        for step in self.steps():
+            with contextlib.suppress(Damaged):
+                self._note(step, self._record(step)["accuracy"])
 
     def steps(self) -> list[int]:
-        """Steps that have a checkpoint, oldest first."""
+        """Steps that have a checkpoint, intact or not, oldest first."""
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step of the best test accuracy, None if none was measured."""
-        return self._manager.best_step()
+        """The step of the best accuracy, None if none was measured."""
+        return _best(self._accuracies, self.steps())
 
     def save(self, state: DistillState, accuracy: float | None = None) -> None:
-        """Saves `state`; `accuracy` is the student's on the test split, if it was measured.
+        """Saves `state`; `accuracy` is the student's on images unseen, if it was measured.
 
         Raises:
-          FloatingPointError: if a parameter is not finite; nothing is written then.
           OSError: if there is no space, for this one or for the one before.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
         parts = {name: _flatten(getattr(state, name)) for name in PARTS if getattr(state, name)}
-        for name, part in parts.items():
-            for key, value in part.items():
-                if np.issubdtype(value.dtype, np.floating) and not np.isfinite(value).all():
-                    raise FloatingPointError(f"{name}'s {key} is not finite at step {step}")
+        parts = {name: part for name, part in parts.items() if part}
         self.wait()
         size = sum(value.nbytes for part in parts.values() for value in part.values())
         if shutil.disk_usage(self._manager.directory).free < size + SPARE_BYTES:
             # Found out while writing, it would leave a broken checkpoint.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        items = {name: ocp.args.StandardSave(part) for name, part in parts.items() if part}
-        metrics = None if accuracy is None else {"accuracy": accuracy}
+        sums = {name: {k: _checksum(v) for k, v in part.items()} for name, part in parts.items()}
+        items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
+        record = {"accuracy": accuracy, "crc32": sums}
+        items[RECORD] = ocp.args.JsonSave({**record, "own_crc32": _checksum_of_json(record)})
+        self._note(step, accuracy)
         with _disk_errors():
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(step, args=ocp.args.Composite(**items))
 
-    def restore(self, step: int, template: DistillState) -> DistillState:
-        """The state at `step`, in the structure of `template`, as NumPy arrays."""
-        restored = {}
-        for name in PARTS:
-            part = getattr(template, name)
-            if part is not None:
-                restored[name] = _fill(part, self.read(step, name) if _flatten(part) else {}, name)
-        return template.replace(step=np.int32(step), **restored)
+    def newest(self) -> tuple[int, dict[str, Flat]] | None:
+        """The newest intact checkpoint, as its step and parts; None if there is none.
 
-    def read(self, step: int, name: str) -> dict[str, np.ndarray]:
-        """One part of the checkpoint at `step`, flat."""
-        arguments = ocp.args.Composite(**{name: ocp.args.StandardRestore()})
-        return dict(self._manager.restore(step, args=arguments)[name])
+        Damaged ones that are newer are moved to `damaged/` in the run directory, with a warning:
+        left where they are, they would keep Orbax from saving their steps again.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return step, {name: self.read(step, name) for name in PARTS}
+            except Damaged as error:
+                place = self._set_aside(step)
+                warnings.warn(
+                    f"the checkpoint of step {step} is damaged ({error}); it is moved to"
+                    f" {str(place)!r} and the one before is used",
+                    stacklevel=2,
+                )
+        return None
+
+    def read(self, step: int, name: str) -> Flat:
+        """One part of the checkpoint at `step`, flat and verified; `{}` if there is no such part.
+
+        Raises:
+          Damaged: if it cannot be read, or an array is not what was saved.
+        """
+        sums = self._record(step)["crc32"].get(name, {})
+        if not sums:
+            return {}
+        flat = dict(self._restore(step, name, ocp.args.StandardRestore()))
+        if flat.keys() != sums.keys():
+            raise Damaged(f"{name} lacks {sorted(flat.keys() ^ sums.keys())[0]}")
+        for key, value in flat.items():
+            if _checksum(value) != sums[key]:
+                raise Damaged(f"checksum of {name}'s {key} differs")
+        return flat
+
+    def _record(self, step: int) -> dict:
+        record = self._restore(step, RECORD, ocp.args.JsonRestore())
+        if not isinstance(record, dict) or record.pop("own_crc32", 0) != _checksum_of_json(record):
+            raise Damaged(f"checksum of its {RECORD} differs")
+        return record
+
+    def _note(self, step: int, accuracy: float | None) -> None:
+        if accuracy is not None:
+            self._accuracies[step] = accuracy
+
+    def _restore(self, step: int, item: str, arguments):
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item]
+        except (MemoryError, PermissionError):
+            raise
+        except Exception as error:  # of many kinds, whatever is broken
+            text = " ".join(str(error).split()) or "no message"
+            raise Damaged(f"{item}: {type(error).__name__}: {text[:200]}") from error
+
+    def _set_aside(self, step: int) -> Path:
+        aside = self._run_dir / "damaged"
+        aside.mkdir(exist_ok=True)
+        place = aside / str(step)
+        while place.exists():
+            place = place.with_name(f"{place.name}+")
+        (self._run_dir / "checkpoints" / str(step)).rename(place)
+        self._manager.reload()
+        return place
 
     def wait(self) -> None:
         """Waits until what was saved is on disk.
@@ -115,6 +199,28 @@ class Checkpoints:
         finally:
             with contextlib.suppress(Exception):  # what the wait has raised already
                 self._manager.close()
+
+
+def _checksum(array: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
+
+
+def _checksum_of_json(tree: dict) -> int:
+    return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
+
+
+def fill(template: DistillState, step: int, parts: dict[str, Flat]) -> DistillState:
+    """The state that `parts` of a checkpoint hold, in the structure of `template`.
+
+    Raises:
+      UserError: if they are of another architecture.
+    """
+    filled = {
+        name: _fill(getattr(template, name), parts[name], name)
+        for name in PARTS
+        if getattr(template, name) is not None
+    }
+    return template.replace(step=np.int32(step), **filled)
 
 
 @contextlib.contextmanager
@@ -144,42 +250,6 @@ def _fill(template, flat: dict[str, np.ndarray], name: str):
     return serialization.from_state_dict(template, traverse_util.unflatten_dict(filled, sep="/"))
 
 
-def read_config(run_dir: str | Path) -> dict:
-    """The configuration that a run directory was made with.
-
-    Raises:
-      UserError: if `run_dir` holds no run.
-    """
-    path = Path(run_dir) / "config.json"
-    if not path.is_file():
-        raise UserError(
-            f"run directory {str(run_dir)!r} holds no config.json: expected a directory that"
-            " `python -m pkkd_jax.main --workdir=DIR` wrote"
-        )
-    try:
-        config = json.loads(path.read_text())
-        needed = {"student", "teacher", "data", "num_classes"}
-        if not isinstance(config, dict) or needed - set(config):
-            raise ValueError("not the configuration of a training")
-        return config
-    except ValueError as error:
-        raise UserError(
-            f"{str(path)!r} cannot be used ({error}): restore it, or choose another directory"
-        ) from error
-
-
-def network_arguments(config: dict, which: str) -> dict | None:
-    """Keywords of `models.build` for the student or teacher of a run's `config`; None if none."""
-    if which == "teacher" and config["teacher"]["mode"] == "none":
-        return None
-    if which == "teacher" and config["teacher"]["mode"] == "snapshot":
-        which = "student"
-    own = {k: v for k, v in config[which].items() if k not in ("mode", "run_dir", "which")}
-    if config["dtype"] != "float32":  # a model of the user's own need not have the field
-        own["dtype"] = config["dtype"]
-    return {**own, "num_classes": config["num_classes"]}
-
-
 def load_network(run_dir: str | Path, which: str = "student", step: str | int = "last", model=None):
     """Loads one trained network from a run directory; the data set is not needed.
 
@@ -198,20 +268,16 @@ def load_network(run_dir: str | Path, which: str = "student", step: str | int = 
     """
     if which not in ("student", "teacher"):
         raise UserError(f"{which=}: expected 'student' or 'teacher'")
-    config = read_config(run_dir)
-    description = network_arguments(config, which)
+    config = runs.read_config(run_dir)
+    description = runs.network_arguments(config, which)
     if description is None:
         raise UserError(f"the run in {str(run_dir)!r} has no {which}: it was trained without one")
     if model is None:
-        outside = [v for v in (description["name"], description.get("conv", "")) if "." in v]
-        if outside:
-            raise UserError(
-                f"the {which} of {str(run_dir)!r} is {outside[0]!r}, from outside the package: pass"
-                " it as load_network(..., model=...); at the command line, --trust imports it"
-            )
+        remedy = "pass it as load_network(..., model=...); at the command line, --trust imports it"
+        runs.refuse_outside(run_dir, config, [which], remedy)
         model = models.build(**description)
-    with _saved(run_dir, step) as (checkpoints, chosen):
-        flat = checkpoints.read(chosen, which)
+    _, parts = _saved(run_dir, step, [which])
+    flat = parts[which]
     variables = {"params": {}, "batch_stats": {}}
     nested = traverse_util.unflatten_dict(flat, sep="/")
     variables.update({key: nested[key] for key in variables if key in nested})
@@ -228,25 +294,34 @@ def load_state(run_dir: str | Path, template: DistillState, step: str | int = "l
     Raises:
       UserError: if there is no such step, or it is of another architecture.
     """
-    with _saved(run_dir, step) as (checkpoints, chosen):
-        return checkpoints.restore(chosen, template)
+    return fill(template, *_saved(run_dir, step, PARTS))
 
 
-@contextlib.contextmanager
-def _saved(run_dir: str | Path, step: str | int):
-    """Yields the checkpoints of a run, and which of its steps `step` is."""
+def _saved(run_dir: str | Path, step: str | int, names) -> tuple[int, dict[str, Flat]]:
+    """Parts of the checkpoint that `step` means, or for "last" of the newest that is intact."""
+    none = UserError(f"the run in {str(run_dir)!r} has no checkpoint yet")
     if not (Path(run_dir) / "checkpoints").is_dir():
-        raise UserError(f"the run in {str(run_dir)!r} has no checkpoint yet")
-    checkpoints = Checkpoints(Path(run_dir))
+        raise none
+    checkpoints = Checkpoints(Path(run_dir), read_only=True)
     try:
         steps = checkpoints.steps()
         if not steps:
-            raise UserError(f"the run in {str(run_dir)!r} has no checkpoint yet")
+            raise none
+        if isinstance(step, str) and step.isdigit():
+            step = int(step)
         chosen = {"last": steps[-1], "best": checkpoints.best_step() or steps[-1]}.get(step, step)
         if chosen not in steps:
             raise UserError(
                 f"{step=} of {str(run_dir)!r}: expected 'last', 'best' or one of {steps}"
             )
-        yield checkpoints, chosen
+        for each in reversed(steps[: steps.index(chosen) + 1]):
+            try:
+                return each, {name: checkpoints.read(each, name) for name in names}
+            except Damaged as error:
+                text = f"the checkpoint of step {each} in {str(run_dir)!r} is damaged ({error})"
+                if step != "last":
+                    raise UserError(f"{text}: choose another of {steps}") from error
+                warnings.warn(f"{text}; the one before is used", stacklevel=3)
+        raise UserError(f"no checkpoint in {str(run_dir)!r} is intact: train again")
     finally:
         checkpoints.close()

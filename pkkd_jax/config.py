@@ -26,6 +26,7 @@ def base() -> ConfigDict:
     config.accumulate_steps = 1  # micro-batches that make one step
     # `validation`: training images that are held out, and judge in the place of the test images.
     config.data = dict(name="cifar10", data_dir="", validation=0)
+    config.max_damaged = 10  # examples that cannot be read and may be left out
     config.workers = 0  # processes that decode images; 0: threads of this one
     config.student = dict(name="resnet_cifar", depth=20, conv="adder", dropout=0.0)
     config.teacher = dict(
@@ -52,7 +53,10 @@ def base() -> ConfigDict:
     )
     config.eval = dict(every_epochs=1.0, recalibrate_batches=20, gradient_shares=False)
     config.log_every_steps = 50
-    config.checkpoint_every_steps = 1000
+    config.checkpoint_every_s = 100.0  # with the step and the saving, two minutes can be lost
+    config.skip_not_finite = 0  # updates that may be left out since the start of the program
+    config.watchdog_s = 1800.0  # without a step, after which the program ends; 0: never
+    config.compilation_cache_dir = ""  # where compiled programs are kept for the next start
     return config
 
 

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from pkkd_jax import checkpoint, data, experiment, models, names, train, update
+from pkkd_jax import checkpoint, data, experiment, models, names, runs, train, update
 
 
 def evaluate(
@@ -48,17 +48,15 @@ def evaluate(
     """
     if batch_size < 0:
         raise names.UserError(f"{batch_size=}: it must be 0 (the run's own) or more")
-    config = checkpoint.read_config(run_dir)
+    config = runs.read_config(run_dir)
     arguments = dict(config["data"])
     if data_name and data_name != arguments["name"]:
         source = names.resolve("pkkd_jax.data.sources", data_name, "data set")
         kept = {"data_dir", "image_size"} & set(inspect.signature(source).parameters)
         arguments = {key: arguments[key] for key in kept & set(arguments)} | {"name": data_name}
-    elif "." in arguments["name"] and not trust:
-        raise names.UserError(
-            f"data set {arguments['name']!r} of {run_dir!r} is from outside the package: --trust"
-            " imports it, or name another by --data"
-        )
+    elif not trust:
+        remedy = "--trust imports it, or name another data set by --data"
+        runs.refuse_outside(run_dir, config, ["data"], remedy)
     if data_dir:
         arguments["data_dir"] = data_dir
     if split == "validation" and not arguments.get("validation"):
@@ -66,13 +64,14 @@ def evaluate(
             f"split='validation': the run in {str(run_dir)!r} held out nothing of"
             f" {arguments['name']!r}; choose test or train"
         )
-    sources = [data.build_source(each, **arguments) for each in ("train", split)]
+    damage = data.Damage(config["max_damaged"])
+    sources = [data.build_source(each, damage, **arguments) for each in ("train", split)]
     size = batch_size or config["batch_size"]
     size = -(-size // jax.device_count()) * jax.device_count()
-    splits = experiment.Splits(*sources, split, size, config["seed"], config["workers"])
+    splits = experiment.Splits(*sources, split, size, config["seed"], config["workers"], damage)
     networks, variables = {}, {}
     for which in ("student", "teacher"):
-        keywords = checkpoint.network_arguments(config, which)
+        keywords = runs.network_arguments(config, which)
         if keywords is not None:
             model = models.build(**keywords) if trust else None
             networks[which], found = checkpoint.load_network(run_dir, which, step, model)
@@ -112,11 +111,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch_size", type=int, default=0, help="default: the run's")
     given = parser.parse_args(argv)
-    step = int(given.step) if given.step.isdigit() else given.step
     try:
         figures = evaluate(
             given.run_dir,
-            step,
+            given.step,
             given.data,
             given.data_dir,
             given.batch_size,

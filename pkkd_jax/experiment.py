@@ -9,7 +9,7 @@ import optax
 from flax import linen
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, data, distill, models, optim
+from pkkd_jax import checkpoint, data, distill, distributed, models, optim, runs
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError, unknown
@@ -22,6 +22,7 @@ CHOICES = {
 }
 # Leaf to whether a value is allowed, and what is.
 NUMBERS = {
+    "max_damaged": (lambda v: v >= 0, "0 (none) or more"),
     "seed": (lambda v: v >= 0, "0 or more"),
     "batch_size": (lambda v: v >= 1, "1 or more, for example 256"),
     "accumulate_steps": (lambda v: v >= 1, "1 or more"),
@@ -32,7 +33,9 @@ NUMBERS = {
     "optim.warmup_steps": (lambda v: v >= 0, "0 (no warm-up) or more"),
     "eval.every_epochs": (lambda v: v > 0, "above 0"),
     "eval.recalibrate_batches": (lambda v: v >= 0, "0 (off) or more"),
-    "checkpoint_every_steps": (lambda v: v >= 1, "1 or more"),
+    "checkpoint_every_s": (lambda v: v >= 0, "0 (after every step) or more"),
+    "skip_not_finite": (lambda v: v >= 0, "0 (stop at the first) or more"),
+    "watchdog_s": (lambda v: v >= 0, "0 (off) or more"),
     "log_every_steps": (lambda v: v >= 1, "1 or more"),
 }
 
@@ -48,6 +51,7 @@ class Splits:
       batch_size: over all devices.
       seed: of the order of training images and of their crops.
       workers: processes that decode images.
+      damage: counts examples that cannot be read.
     """
 
     train: data.Source
@@ -56,6 +60,7 @@ class Splits:
     batch_size: int
     seed: int
     workers: int
+    damage: data.Damage
 
     @property
     def augmentation(self) -> dict:
@@ -75,6 +80,7 @@ class Splits:
             device_slice=_local_devices(),
             accumulate_steps=accumulate_steps,
             workers=self.workers,
+            damage=self.damage,
         )
 
     def test_batches(self):
@@ -85,6 +91,7 @@ class Splits:
             num_devices=jax.device_count(),
             device_slice=_local_devices(),
             workers=self.workers,
+            damage=self.damage,
         )
 
 
@@ -114,7 +121,7 @@ class Experiment:
         """The state before the first step; the losses start from the first training examples."""
         train = self.splits.train
         count = min(self.config["batch_size"], 256, len(train))
-        images = data.first_examples(train, count)
+        images = data.first_examples(train, count, self.splits.damage)
         return update_lib.init_state(self.recipe, images, self.teacher_variables)
 
 
@@ -131,20 +138,23 @@ def build(config: ConfigDict) -> Experiment:
     """
     plain = config_lib.to_json(config)
     _check(plain)
-    train = data.build_source("train", **plain["data"])
+    damage = data.Damage(plain["max_damaged"])
+    train = data.build_source("train", damage, **plain["data"])
     judge = "validation" if plain["data"].setdefault("validation", 0) else "test"
-    test = data.build_source(judge, **plain["data"])
+    test = data.build_source(judge, damage, **plain["data"])
     plain["num_classes"] = train.num_classes
     networks, parameters = {"teacher": None}, {}
     for which in ("student", "teacher"):
-        arguments = checkpoint.network_arguments(plain, which)
+        arguments = runs.network_arguments(plain, which)
         if arguments is not None:
             networks[which] = models.build(**arguments)
             parameters[which] = _count_parameters(networks[which], train.image_shape)
     teacher, mode = networks["teacher"], plain["teacher"]["mode"]
-    teacher_variables = _fixed_teacher(plain, teacher) if mode == "fixed" else None
+    teacher_variables = (
+        _fixed_teacher(plain, teacher, train.image_shape) if mode == "fixed" else None
+    )
     batch_size = plain["batch_size"]
-    splits = Splits(train, test, judge, batch_size, plain["seed"], plain["workers"])
+    splits = Splits(train, test, judge, batch_size, plain["seed"], plain["workers"], damage)
     steps_per_epoch = len(train) / batch_size
     total = plain["steps"] or max(1, int(plain["epochs"] * steps_per_epoch))
     every = max(1, round(plain["eval"]["every_epochs"] * steps_per_epoch))
@@ -180,10 +190,13 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def _count_parameters(model: linen.Module, image_shape: tuple[int, ...]) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(_shapes(model, image_shape)["params"]))
+
+
+def _shapes(model: linen.Module, image_shape: tuple[int, ...]) -> dict:
     """Traces `model`, which refuses images that it cannot take."""
     images = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
-    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
 def _leaf(config: dict, path: str):
@@ -217,7 +230,7 @@ def _check(config: dict) -> None:
         )
 
 
-def _fixed_teacher(config: dict, model: linen.Module) -> dict:
+def _fixed_teacher(config: dict, model: linen.Module, image_shape: tuple[int, ...]) -> dict:
     """Variables for the teacher `model` from the run that `config.teacher` names."""
     run_dir, which = config["teacher"]["run_dir"], config["teacher"]["which"]
     if not run_dir:
@@ -225,9 +238,9 @@ def _fixed_teacher(config: dict, model: linen.Module) -> dict:
             "config.teacher.mode='fixed' needs config.teacher.run_dir: the directory of the run"
             " that trained the teacher"
         )
-    theirs = checkpoint.network_arguments(checkpoint.read_config(run_dir), which)
+    theirs = runs.network_arguments(runs.read_config(run_dir), which)
     if theirs:
-        ours = checkpoint.network_arguments(config, "teacher")
+        ours = runs.network_arguments(config, "teacher")
         for arguments in (theirs, ours):
             for key in ("dropout", "dtype"):  # of training only
                 arguments.pop(key, None)
@@ -236,7 +249,12 @@ def _fixed_teacher(config: dict, model: linen.Module) -> dict:
             raise UserError(
                 f"the {which} in {run_dir!r} is of another architecture: {'; '.join(differing)}"
             )
-    return checkpoint.load_network(run_dir, which, model=model)[1]
+    if distributed.first():
+        variables = checkpoint.load_network(run_dir, which, model=model)[1]
+    else:
+        variables = _shapes(model, image_shape)
+        variables = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), dict(variables))
+    return distributed.from_first(variables)
 
 
 def describe(experiment: Experiment, step: int, workdir: Path) -> dict:

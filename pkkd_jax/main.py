@@ -9,15 +9,17 @@ import re
 import runpy
 import shutil
 import sys
+import warnings
 from pathlib import Path
 
 # Before JAX starts: its CPU client's notices are not for users.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+import jax
 from absl import flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from pkkd_jax import memory, names, train
+from pkkd_jax import distributed, memory, names, train
 from pkkd_jax.analysis import curves
 
 USAGE = (
@@ -25,8 +27,8 @@ USAGE = (
 )
 
 
-def parse(argv: list[str]):
-    """The configuration and the run directory that `argv` asks for."""
+def parse(argv: list[str]) -> tuple[ConfigDict, Path, tuple]:
+    """The configuration, run directory and arguments of `distributed.initialize` in `argv`."""
     if {"--help", "-h", "--helpfull"} & set(argv):
         print(__doc__)
         raise SystemExit(0)
@@ -37,6 +39,9 @@ def parse(argv: list[str]):
     config = _load(path, argument)
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Run directory.", flag_values=values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.", flag_values=values)
+    flags.DEFINE_integer("process_count", None, "Processes that train.", flag_values=values)
+    flags.DEFINE_integer("process_index", None, "Of this process.", flag_values=values)
     words = [argv[0], *(item for item in argv[1:] if item not in given)]
     try:
         sys.argv = words  # where config_flags reads the leaves, when the flag is defined
@@ -53,7 +58,8 @@ def parse(argv: list[str]):
     if len(rest) > 1:
         raise names.UserError(f"unexpected argument {rest[1]!r}: {USAGE}")
     name = Path(path).stem + (f"-{re.sub('[^A-Za-z0-9]+', '-', argument)}" if argument else "")
-    return flag.value, Path(values.workdir or Path("runs") / name)
+    processes = values.coordinator, values.process_count, values.process_index
+    return flag.value, Path(values.workdir or Path("runs") / name), processes
 
 
 def _load(path: str, argument: str):
@@ -148,10 +154,15 @@ def _print_results(run_dir: Path, results: dict) -> None:
     print(f"Results, curves and checkpoints are in {run_dir}")
 
 
+def _print_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     argv = sys.argv if argv is None else argv
     logging.set_verbosity(logging.FATAL)  # what libraries log as errors, they also raise
+    warnings.showwarning = _print_warning
     workdir, shown = None, []
 
     def at_interval(figures):
@@ -168,8 +179,9 @@ def main(argv: list[str] | None = None) -> int:
         shown.clear()  # the next progress goes below
 
     try:
-        config, workdir = parse(argv)
+        config, workdir, processes = parse(argv)
         memory.keep()
+        distributed.initialize(*processes)
         train.train_and_evaluate(config, workdir, _print_start, at_interval, at_end, at_signal)
         return 0
     except train.Interrupted as stop:
@@ -184,7 +196,15 @@ def main(argv: list[str] | None = None) -> int:
         where = error.filename or workdir
         message = f"error: {error.strerror}: {str(where)!r}; free space or choose another --workdir"
         status = 2
-    print(message, file=sys.stderr)
+    except jax.errors.JaxRuntimeError as error:
+        if not distributed.several():
+            raise
+        text = " ".join(str(error).split())[:200]
+        message = f"another process is lost ({text}); start all of them again to go on"
+        status = distributed.LOST
+    print(message, file=sys.stderr, flush=True)
+    if distributed.several() and status in (2, distributed.LOST):
+        distributed.leave_at_once(status)  # the others may be waiting, or gone
     return status
 
 

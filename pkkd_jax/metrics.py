@@ -1,5 +1,6 @@
 """Where figures go: `metrics.jsonl` and TensorBoard events in the run directory."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
@@ -45,6 +46,14 @@ def write_json(path: Path, tree: Any) -> None:
     _replace(path, json.dumps(tree, indent=2) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; None if it is not there, or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
 def _replace(path: Path, text: str) -> None:
     replacement = path.with_suffix(".tmp")
     replacement.write_text(text)
@@ -52,12 +61,12 @@ def _replace(path: Path, text: str) -> None:
 
 
 def read(run_dir: Path) -> list[dict[str, float]]:
-    """Rows of a run's `metrics.jsonl`, oldest first; a last line cut off by a kill is left out."""
+    """Rows of a run's `metrics.jsonl`, oldest first; without damaged lines, as a kill leaves."""
     path = Path(run_dir) / "metrics.jsonl"
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows

@@ -1,12 +1,15 @@
 """The loop: data, step, log, evaluate, checkpoint."""
 
+import collections
 import contextlib
 import copy
+import faulthandler
 import json
-import math
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, experiment, metrics
+from pkkd_jax import checkpoint, distributed, experiment, metrics, runs
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError
@@ -27,7 +30,11 @@ PLACES = (
     ("teacher", "run_dir"),
     ("workers",),
     ("log_every_steps",),
-    ("checkpoint_every_steps",),
+    ("checkpoint_every_s",),
+    ("watchdog_s",),
+    ("compilation_cache_dir",),
+    ("skip_not_finite",),
+    ("max_damaged",),
 )
 
 
@@ -62,22 +69,26 @@ def check_run(workdir: Path, config: dict) -> None:
             f"workdir {str(workdir)!r} cannot be written: {error.strerror};"
             " choose another with --workdir"
         ) from error
-    there, here = checkpoint.read_config(workdir), copy.deepcopy(config)
-    for tree in (there, here):
-        for *parents, leaf in PLACES:
-            place = tree
-            for key in parents:
-                place = place.get(key, {})
-            place.pop(leaf, None)
-        if tree["teacher"]["mode"] == "none":
-            # Without a teacher it is the same run whatever the losses' leaves say.
-            tree["teacher"], tree["distill"] = {"mode": "none"}, {}
-    differing = config_lib.differences(there, here)
+    differing = config_lib.differences(_essence(runs.read_config(workdir)), _essence(config))
     if differing:
         raise UserError(
             f"workdir {str(workdir)!r} holds a run with another config ({'; '.join(differing)}):"
             " choose another --workdir, or set these leaves back"
         )
+
+
+def _essence(config: dict) -> dict:
+    """What of a configuration a run's results depend on."""
+    config = copy.deepcopy(config)
+    for *parents, leaf in PLACES:
+        place = config
+        for key in parents:
+            place = place.get(key, {})
+        place.pop(leaf, None)
+    if config["teacher"]["mode"] == "none":
+        # Without a teacher it is the same run whatever the losses' leaves say.
+        config["teacher"], config["distill"] = {"mode": "none"}, {}
+    return config
 
 
 @contextlib.contextmanager
@@ -157,8 +168,40 @@ def evaluate_networks(
     return figures
 
 
-def _finite(figures: dict[str, float]) -> bool:
-    return all(math.isfinite(v) for k, v in figures.items() if k.endswith("/loss"))
+class _Watchdog:
+    """Ends the program, with the stack of every thread, where nothing happens for `seconds`."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.armed_at = seconds, -float("inf")
+
+    def alive(self) -> None:
+        now = time.monotonic()
+        if self.seconds and now - self.armed_at > min(1.0, self.seconds / 10):
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
+            self.armed_at = now
+
+    def close(self) -> None:
+        if self.seconds:
+            faulthandler.cancel_dump_traceback_later()
+
+
+class _Agreement:
+    """What any of the processes wishes, which all of them learn after the same step.
+
+    Args:
+      ahead: steps in flight; the wishes of so many are not waited for.
+    """
+
+    def __init__(self, ahead: int):
+        self.ahead, self.asked = ahead, collections.deque()
+        self.ask = update_lib.pmap(update_lib.largest) if distributed.several() else None
+
+    def largest(self, wish: int) -> int:
+        """The largest `wish` of all processes; 0 until `ahead` others have been asked."""
+        if self.ask is None:
+            return wish
+        self.asked.append(self.ask(None, np.full(jax.local_device_count(), wish, np.int32)))
+        return int(self.asked.popleft()) if len(self.asked) > self.ahead else 0
 
 
 def train_and_evaluate(
@@ -177,81 +220,112 @@ def train_and_evaluate(
       at_start: called with texts that say what will be done.
       at_interval: called with the latest figures, `step`, `total_steps`, `images_per_s` and
         `left_s`.
-      at_end: called by process 0 with the run directory and the results.
+      at_end: called with the run directory and the results.
       at_signal: called with the name of a signal that stops the training after this step.
+    Of several processes all call this, and the first alone writes and calls back.
     Returns:
-      The contents of `results.json`.
+      The figures of `results.json`; `{}` in the other processes if the run was finished before.
     Raises:
-      UserError: for what cannot be done as asked, and for a loss that is not finite.
-      Interrupted: if SIGINT or SIGTERM arrived; the state has been saved.
+      UserError: for what cannot be done as asked, and for updates that are not finite.
+      Interrupted: if SIGINT or SIGTERM arrived, in any process; the state has been saved.
     """
-    workdir = Path(workdir)
+    workdir, writes = Path(workdir), distributed.first()
+    if config.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
     built = experiment.build(config)
-    writes = jax.process_index() == 0
+    distributed.require_same(json.dumps(_essence(built.config), sort_keys=True), "configuration")
+    checkpoints = found = results = writer = None
     if writes:
         check_run(workdir, built.config)
-    checkpoints = checkpoint.Checkpoints(workdir)
+        checkpoints = checkpoint.Checkpoints(workdir)
     try:
-        steps = checkpoints.steps()
-        at_start(experiment.describe(built, steps[-1] if steps else 0, workdir))
-        results_path = workdir / "results.json"
-        if steps and steps[-1] == built.total_steps and results_path.exists():
-            results = json.loads(results_path.read_text())
-        else:
+        if writes:
+            found = checkpoints.newest()
+            at_start(experiment.describe(built, found[0] if found else 0, workdir))
+            if found and found[0] == built.total_steps:
+                results = metrics.read_json(workdir / "results.json")
+        step, done = distributed.from_first(
+            np.array([found[0] if found else 0, results is not None], np.int32)
+        )
+        if not done:
             state = built.initial_state()
-            if steps:
-                state = checkpoints.restore(steps[-1], state)
+            if step:
+                state = distributed.from_first(checkpoint.fill(state, *found) if writes else state)
             elif writes:  # only now: a mistake that showed before can be mended in this directory
                 metrics.write_json(workdir / "config.json", built.config)
-            writer = metrics.Writer(workdir, int(state.step)) if writes else None
-            try:
-                results = _loop(built, state, checkpoints, writer, at_interval, at_signal)
-            finally:
-                if writer:
-                    writer.close()
-            checkpoints.wait()
             if writes:
-                metrics.write_json(results_path, results)
+                writer = metrics.Writer(workdir, int(step))
+            results = _loop(built, state, checkpoints, writer, at_interval, at_signal)
+            if writes:
+                checkpoints.wait()
+                metrics.write_json(workdir / "results.json", results)
     finally:
-        checkpoints.close()
+        if writer:
+            writer.close()
+        if checkpoints:
+            checkpoints.close()
     if writes:
         at_end(workdir, results)
-    return results
+    return results or {}
 
 
 def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
     config, total = built.config, built.total_steps
     step, mapped, figures, pending, logged = int(state.step), {}, {}, [], int(state.step)
     last = writer.last if writer else {}
+    judged = f"{built.splits.judge}/student/accuracy"
     began = time.perf_counter() - last.get("wall_s", 0.0)
+    saved_at = time.perf_counter()
     first, since = step + 1, None  # `since`: the step and the time that the rate counts from
     # Steps in flight while the host goes on: few, so that a signal is obeyed soon; none on CPU,
     # where a step that waits slows the one that runs, and collectives of many devices may hang.
     ahead = 0 if jax.default_backend() == "cpu" else 2
+    unchecked: collections.deque = collections.deque()  # steps that may be under way, and figures
+    skipped = 0
     state = update_lib.replicate(state)
     update = update_lib.pmap(update_lib.joint_update(built.recipe), donate=True)
+    agreement, watchdog = _Agreement(ahead), _Watchdog(config["watchdog_s"])
 
     def write(row):
         if writer:
             writer.write(step, {**row, "wall_s": time.perf_counter() - began})
 
-    def diverged(what):
-        steps = checkpoints.steps()
+    def check(under_way=0):
+        """Waits for all steps but so many, and sees whether their updates were finite."""
+        nonlocal skipped
+        while len(unchecked) > under_way:
+            at, row = unchecked.popleft()
+            if not jax.device_get(row["finite"]):
+                skipped += 1
+                not_finite(at)
+
+    def not_finite(at):
+        batch = next(built.splits.train_batches(at - 1, at, config["accumulate_steps"]))
+        what = update_lib.first_not_finite(
+            built.recipe, state.replace(step=np.int32(at - 1)), batch
+        )
+        limit, text = config["skip_not_finite"], f"step {at}: {what} not finite"
+        if skipped <= limit:
+            warnings.warn(f"{text}; update {skipped} of at most {limit} left out", stacklevel=2)
+            return
+        steps = checkpoints.steps() if checkpoints else []
         kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint yet"
-        return UserError(
-            f"{what}; {kept}; lower config.optim.learning_rate and start in another --workdir"
+        raise UserError(
+            f"{text}; {kept}; lower config.optim.learning_rate and start in another --workdir, or"
+            f" leave out such updates by config.skip_not_finite (now {limit})"
         )
 
     def log():
         nonlocal since, logged, figures
+        check()
         if not pending:
             return
         rows = jax.device_get(pending)
         pending.clear()
+        rows = [row for row in rows if row.pop("finite")] or rows
         row = {f"train/{key}": float(np.mean([r[key] for r in rows])) for key in rows[0]}
-        if not _finite(row):
-            losses = ", ".join(f"{k}={v}" for k, v in row.items() if k.endswith("/loss"))
-            raise diverged(f"loss is not finite between steps {logged + 1} and {step}: {losses}")
+        if skipped:
+            row["train/skipped_updates"] = skipped
         figures |= row
         shown = {**figures, "step": step, "total_steps": total}
         if since:  # not after the first step, which compiles
@@ -260,7 +334,8 @@ def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
             row["train/images_per_s"] = shown["images_per_s"] = rate
             shown["left_s"] = (total - step) * config["batch_size"] / rate
         write(row)
-        at_interval(shown)
+        if writer:
+            at_interval(shown)
         logged, since = step, (step, time.perf_counter())
 
     def evaluate():
@@ -273,7 +348,7 @@ def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
             built.splits,
             config["eval"]["recalibrate_batches"],
             mapped,
-            obey,
+            lambda: obey(wishes()),
         )
         if config["eval"]["gradient_shares"]:
             if "shares" not in mapped:
@@ -283,40 +358,48 @@ def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
             found |= {f"train/student/share_{key}": float(v) for key, v in shares.items()}
         figures |= found
         write(found)
-        at_interval({**figures, "step": step, "total_steps": total})
+        if writer:
+            at_interval({**figures, "step": step, "total_steps": total})
         since = step, time.perf_counter()
         return found
 
-    def obey():
-        if received:
+    def wishes():
+        """A signal that some process received, or 1 if it is time to save, or 0."""
+        watchdog.alive()
+        due = time.perf_counter() - saved_at >= config["checkpoint_every_s"]
+        return agreement.largest(received[0] if received else int(due))
+
+    def obey(wish):
+        if wish > 1:
             save()
-            raise Interrupted(received[0], step)
+            raise Interrupted(wish, step)
 
     def save(accuracy=None):
-        try:
+        nonlocal saved_at
+        if checkpoints:
             checkpoints.save(state, accuracy)
-        except FloatingPointError as error:
-            raise diverged(str(error)) from error
+        saved_at = time.perf_counter()
+        agreement.asked.clear()  # what was asked before does not ask for another
 
     results: dict = {}
-    judged = f"{built.splits.judge}/student/accuracy"
-    with _signals(at_signal) as received:
-        if step in built.eval_steps and judged not in last:
+    with _signals(at_signal) as received, contextlib.closing(watchdog):
+        missing = step in built.eval_steps and judged not in last
+        if distributed.from_first(np.int32(missing)):
             results = evaluate()  # a signal had cut it off
         for batch in built.splits.train_batches(step, total, config["accumulate_steps"]):
             state, row = update(state, batch)
             pending.append(row)
             step += 1
-            if len(pending) > ahead:
-                jax.block_until_ready(pending[-1 - ahead])
-            evaluates = step in built.eval_steps
-            saves = evaluates or step % config["checkpoint_every_steps"] == 0
-            if saves or received or step == first or step % config["log_every_steps"] == 0:
+            unchecked.append((step, row))
+            check(ahead)
+            wish, evaluates = wishes(), step in built.eval_steps
+            if evaluates or wish or step == first or step % config["log_every_steps"] == 0:
                 log()
-            obey()
+                wish = max(wish, wishes())
+            obey(wish)
             if evaluates:
                 results = evaluate()
-            if saves:
+            if evaluates or wish:
                 save(results[judged] if evaluates else None)
         results = results or evaluate()
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}

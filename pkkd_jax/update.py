@@ -69,8 +69,8 @@ def pmap(function: Callable, *, donate: bool = False) -> Callable:
 
 
 def replicate(tree: Any) -> Any:
-    """Puts `tree` on every device as `pmap` returns it, so that the first step compiles for all."""
-    sharding = NamedSharding(Mesh(np.array(jax.devices()), (AXIS,)), PartitionSpec())
+    """Puts `tree` on every device of this process, so that the first step compiles for all."""
+    sharding = NamedSharding(Mesh(np.array(jax.local_devices()), (AXIS,)), PartitionSpec())
     return jax.tree.map(lambda a: jax.device_put(a, sharding), tree)
 
 
@@ -223,7 +223,8 @@ def joint_update(recipe: Recipe) -> Callable:
 
     `batch` holds "image" uint8 `[k, b, height, width, channels]` and "label" int32 `[k, b]`: the k
     micro-batches of this device, whose gradients are averaged before the one step they make. The
-    teacher's outputs are constants for the student.
+    teacher's outputs are constants for the student. Where a loss or anything new is not finite, the
+    metric "finite" is False, and the state but for its step stays as it was.
     """
     terms = _terms(recipe)
 
@@ -279,9 +280,75 @@ def joint_update(recipe: Recipe) -> Callable:
                 )
             )
         distiller = learn(recipe.distiller_optimiser, state.distiller, gradients["distiller"], {})
-        return DistillState(state.step + 1, student, teacher, distiller), metrics
+        new = DistillState(state.step, student, teacher, distiller)
+        finite = _finite((new, metrics))
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        return new.replace(step=state.step + 1), {**metrics, "finite": finite}
 
     return update
+
+
+def _finite(tree) -> jax.Array:
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return jnp.array([jnp.isfinite(leaf).all() for leaf in leaves]).all()
+
+
+def largest(state, wishes):
+    """The largest of all devices' `wishes`, to be mapped by `pmap`; there is no `state`."""
+    del state
+    return lax.pmax(wishes, AXIS)
+
+
+def first_not_finite(recipe: Recipe, state: DistillState, batch) -> str:
+    """What is not finite first in the update of `state` by `batch`, in words.
+
+    Responses of the teacher's and then of the student's layers are looked at in the order of the
+    forward pass, then the losses, then gradients in the order of the backward pass.
+    """
+    terms = _terms(recipe)
+    texts: list[str] = []
+
+    def look(state, batch):
+        params, stats = _trees(state)
+        found: dict[str, jax.Array] = {}
+
+        def note(text, tree):
+            found[text] = found.get(text, True) & _finite(tree)
+
+        for index in range(batch["label"].shape[0]):
+            images, key = _prepared(recipe, state.step, index, batch["image"][index])
+            layers: list[str] = []
+            for name in ("teacher", "student"):
+                model, train = getattr(recipe, name), name == "student" or recipe.teacher_learns
+                if model is None:
+                    continue
+                variables = {"params": params[name], "batch_stats": stats[name]}
+                model = _synchronised(model) if train else model
+                outputs, _ = _forward(model, variables, images, train, key)
+                layers = list(outputs.features)
+                for tap, response in outputs.features.items():
+                    note(f"the {name}'s response of {tap} is", response)
+                note(f"the {name}'s logits are", outputs.logits)
+            arguments = stats, state.step, images, batch["label"][index], key
+            values, _ = terms(params, *arguments)
+            for name, value in values.items():
+                which = "the teacher's loss" if name == "teacher" else f"the student's loss {name}"
+                note(f"{which} is", value)
+            gradients = jax.grad(lambda p, a=arguments: sum(terms(p, *a)[0].values()))(params)
+            for name, tree in gradients.items():
+                flat = traverse_util.flatten_dict(tree, sep=".")
+                for path in sorted(flat, key=lambda p: _place(p, layers), reverse=True):
+                    note(f"the {name}'s gradient of {path} is", flat[path])
+        texts[:] = found
+        return lax.pmin(jnp.array(list(found.values())).astype(jnp.int32), AXIS)
+
+    fine = jax.device_get(pmap(look)(state, batch))
+    return next((t for t, f in zip(texts, fine, strict=True) if not f), "the new parameters are")
+
+
+def _place(path: str, layers: list[str]) -> int:
+    """Where in the forward pass a parameter is; at the end if it belongs to no layer."""
+    return next((i for i, layer in enumerate(layers) if path.startswith(f"{layer}.")), len(layers))
 
 
 def student_gradients(recipe: Recipe) -> Callable:

@@ -33,7 +33,7 @@ def test_every_row_is_a_configuration(name, tmp_path):
         for row in found["rows"].values():
             if row["published_only"]:
                 continue
-            config, place = main.parse(cells.command(found, row, column, 2)[2:])
+            config, place, _ = main.parse(cells.command(found, row, column, 2)[2:])
             assert (config.data.name, config.seed, config.epochs) == (column, 2, 6)
             places.add(place)
     runs = [row for row in found["rows"].values() if not row["published_only"]]
@@ -51,7 +51,9 @@ def test_every_published_figure_has_a_row_and_a_source():
 
 def test_a_row_with_a_teacher_takes_it_from_that_rows_run(tmp_path):
     found, cells = table.load("response5"), table.Cells(tmp_path, [], 0, "")
-    config, _ = main.parse(cells.command(found, found["rows"]["kernel, fixed"], "cifar10", 1)[2:])
+    config, _, _ = main.parse(
+        cells.command(found, found["rows"]["kernel, fixed"], "cifar10", 1)[2:]
+    )
     teacher = found["rows"]["CNN, the fixed teacher"]
     assert config.teacher.run_dir == str(cells.directory(found, teacher, "cifar10", 1))
     assert (config.teacher.mode, config.teacher.which) == ("fixed", "student")

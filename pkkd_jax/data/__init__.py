@@ -1,5 +1,6 @@
 """Data: sources, one file each in `sources/`; the host's pipeline; augmentation on the device."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
@@ -7,9 +8,17 @@ import numpy as np
 from pkkd_jax import names
 from pkkd_jax.data.arrays import ArraySource, Part
 from pkkd_jax.data.augment import AUGMENTATIONS, augment, normalise
-from pkkd_jax.data.pipeline import eval_batches, example, first_examples, train_batches
+from pkkd_jax.data.pipeline import (
+    Damage,
+    Unreadable,
+    eval_batches,
+    example,
+    first_examples,
+    train_batches,
+)
 
 __all__ = [
+    "Damage",
     "Source",
     "augment",
     "build_source",
@@ -48,17 +57,20 @@ class Source(Protocol):
         """`{"image": uint8 [height, width, channels] or a PIL image, "label": int}`."""
 
 
-def build_source(split: str, *, name: str, validation: int = 0, **arguments: Any) -> Source:
+def build_source(
+    split: str, damage: Damage | None = None, *, name: str, validation: int = 0, **arguments: Any
+) -> Source:
     """The data source that a config calls `name`; images that all have one size are in memory.
 
     Args:
       split: "train"; "test"; or "validation", training images that "train" then lacks.
+      damage: counts examples that cannot be read, which are left out; None for none allowed.
       name: a function in `pkkd_jax.data.sources`, or a dotted path.
       validation: number of those; the same ones always.
       **arguments: for it; `data_dir` is where its files are, "" for the usual place.
     Raises:
       UserError: if there is no such source or it does not take these arguments, or its files are
-        not there.
+        not there or too many of its examples cannot be read.
     """
     whole = "test" if split == "test" else "train"
     source = names.call("pkkd_jax.data.sources", name, "data set", split=whole, **arguments)
@@ -75,12 +87,30 @@ def build_source(split: str, *, name: str, validation: int = 0, **arguments: Any
         source = Part(source, np.sort(chosen))
     if source.augmentation == "resized_crop" or hasattr(source, "arrays"):
         return source
-    examples = [example(source, i) for i in range(len(source))]
+    return _in_memory(source, damage or Damage())
+
+
+def _in_memory(source: Source, damage: Damage) -> ArraySource:
+    """All of `source` that can be read, as arrays."""
+    count, block = len(source), 512
+    images, labels = np.empty((count, *source.image_shape), np.uint8), np.empty(count, np.int32)
+    unreadable: dict[int, str] = {}
+
+    def fill(start):
+        for index in range(start, min(start + block, count)):
+            try:
+                found = example(source, index)
+            except Unreadable as error:
+                unreadable[index] = str(error)
+                continue
+            labels[index] = found["label"]
+            images[index] = np.asarray(found["image"]).reshape(source.image_shape)
+
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(fill, range(0, count, block)))
+    for index in sorted(unreadable):
+        damage.note(source, index, unreadable[index])
+    kept = np.setdiff1d(np.arange(count), list(unreadable)) if unreadable else slice(None)
     return ArraySource(
-        np.stack([e["image"] for e in examples]),
-        np.array([e["label"] for e in examples], np.int32),
-        source.num_classes,
-        source.mean,
-        source.std,
-        source.augmentation,
+        images[kept], labels[kept], source.num_classes, source.mean, source.std, source.augmentation
     )

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,21 +38,59 @@ def example_indices(seed: int, num_examples: int, positions: np.ndarray) -> np.n
     return indices
 
 
+class Unreadable(ValueError):
+    """An example that cannot be read; the message says why."""
+
+
 def example(source, index: int) -> dict:
     """`source[index]`, decoded.
 
     Raises:
-      UserError: if it cannot be read; the message names it.
+      Unreadable: if it cannot be.
     """
     try:
         found = source[index]
         if isinstance(found["image"], Image.Image):
             found["image"].load()
         return found
-    except OSError as error:
-        raise UserError(
-            f"example {index} of the data set cannot be decoded: {error}; mend or remove it"
-        ) from error
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:  # of many kinds, by format and damage
+        text = " ".join(str(error).split())[:200]
+        raise Unreadable(f"{type(error).__name__}: {text}") from error
+
+
+class Damage:
+    """Examples of a data set that could not be read, which trainings do without.
+
+    Args:
+      limit: how many there may be.
+    """
+
+    def __init__(self, limit: int = 0):
+        self.limit, self.found = limit, set()
+
+    def note(self, source, index: int, reason: str = "") -> None:
+        """Counts an example, with a warning at its first time.
+
+        Raises:
+          UserError: if that is one too many.
+        """
+        if (id(source), index) in self.found:
+            return
+        self.found.add((id(source), index))
+        if not reason:
+            try:
+                example(source, index)
+            except Unreadable as error:
+                reason = str(error)
+        text = f"example {index} of the data set cannot be read ({reason})"
+        if len(self.found) > self.limit:
+            raise UserError(
+                f"{text}, and config.max_damaged={self.limit} allows"
+                f" {self.limit or 'none'}: mend or remove it, or allow more"
+            )
+        warnings.warn(f"{text}: {len(self.found)} of at most {self.limit} left out", stacklevel=2)
 
 
 Box = tuple[float, float, float, float]
@@ -93,22 +132,33 @@ def centre_box(size: tuple[int, int], shape: tuple[int, int]) -> Box:
 
 
 class _Load:
-    """Positions in the training stream, or indices of test images, to pixels and labels."""
+    """Positions in the training stream, or indices of test images, to pixels and labels.
 
-    def __init__(self, source, seed: int | None):
-        self.source, self.seed = source, seed
+    An example that cannot be read is replaced by the next one that can: the indices tried in vain
+    are in "unreadable" `[n, limit + 1]`, which is -1 elsewhere.
+    """
+
+    def __init__(self, source, seed: int | None, limit: int):
+        self.source, self.seed, self.limit = source, seed, limit
 
     def __call__(self, positions: np.ndarray) -> Batch:
         images = np.empty((len(positions), *self.source.image_shape), np.uint8)
         labels = np.empty(len(positions), np.int32)
+        unreadable = np.full((len(positions), self.limit + 1), -1, np.int64)
         indices, draws = positions, [None] * len(positions)
         if self.seed is not None:
             indices = example_indices(self.seed, len(self.source), positions)
             rngs = (np.random.default_rng((self.seed, 1, int(p))) for p in positions)
             draws = [rng.random((10, 4)).tolist() for rng in rngs]
-        for place, index in enumerate(indices):
-            images[place], labels[place] = self._cropped(int(index), draws[place])
-        return {"image": images, "label": labels}
+        for place in range(len(positions)):
+            for tried in range(self.limit + 1):
+                index = (int(indices[place]) + tried) % len(self.source)
+                try:
+                    images[place], labels[place] = self._cropped(index, draws[place])
+                    break
+                except Unreadable:
+                    unreadable[place, tried] = index
+        return {"image": images, "label": labels, "unreadable": unreadable}
 
     def _cropped(self, index: int, draws: list | None) -> tuple[np.ndarray, int]:
         # On its own, so that a photograph's memory is free, and in the cache, for the next.
@@ -149,21 +199,31 @@ def _stream(load: _Load, rows: np.ndarray, workers: int) -> Iterator[Batch]:
     return iter(iterable)
 
 
-def _batches(source, positions, seed, workers) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images and labels in the shape of each row of `positions`; `seed` None: of the test split."""
+def _batches(source, positions, seed, workers, damage) -> Iterator[tuple[np.ndarray, ...]]:
+    """Images, labels and whether they are the wanted ones, in the shape of each of `positions`.
+
+    `seed` None: of the test split.
+    """
     if source.augmentation != "resized_crop":
         images, labels = source.arrays()
         for row in positions:
             indices = row if seed is None else example_indices(seed, len(source), row)
-            yield np.take(images, indices, axis=0), np.take(labels, indices)
+            yield (
+                np.take(images, indices, axis=0),
+                np.take(labels, indices),
+                np.full(row.shape, True),
+            )
         return
     rows = np.stack([row.ravel() for row in positions])
     shape = next(iter(positions)).shape
-    stream = _stream(_Load(source, seed), rows, workers)
+    stream = _stream(_Load(source, seed, damage.limit), rows, workers)
     try:
         for batch in stream:
-            image, label = batch["image"], batch["label"]
-            yield image.reshape(*shape, *image.shape[1:]), label.reshape(shape)
+            image, label, unreadable = batch["image"], batch["label"], batch["unreadable"]
+            for index in unreadable[unreadable >= 0]:
+                damage.note(source, int(index))
+            readable = (unreadable[:, 0] < 0).reshape(shape)
+            yield image.reshape(*shape, *image.shape[1:]), label.reshape(shape), readable
     finally:
         stream.close()  # its processes, and what they hold in shared memory
 
@@ -189,6 +249,7 @@ def train_batches(
     device_slice: tuple[int, int] | None = None,
     accumulate_steps: int = 1,
     workers: int = 0,
+    damage: Damage | None = None,
 ) -> Iterator[Batch]:
     """Training batches of the steps `start_step` to before `stop_step`, this process's share.
 
@@ -205,11 +266,14 @@ def train_batches(
       device_slice: first device of this process and the one after its last; all of them if None.
       accumulate_steps: k.
       workers: processes that decode; 0 decodes in threads of this one.
+      damage: counts examples that cannot be read, in whose place the next ones stand; None for
+        none allowed.
     Yields:
       `{"image": uint8 [devices, k, b, height, width, channels], "label": int32 [devices, k, b]}`.
     Raises:
-      UserError: if the batch does not divide, or an image cannot be decoded.
+      UserError: if the batch does not divide, or too many examples cannot be read.
     """
+    damage = damage or Damage()
     if batch_size % (num_devices * accumulate_steps):
         raise UserError(
             f"{batch_size=} does not divide among {num_devices} devices and {accumulate_steps}"
@@ -222,11 +286,11 @@ def train_batches(
         chunk = max(1, 2**20 // batch_size)
         for first in range(start_step, stop_step, chunk):
             positions = _Positions(first, min(stop_step, first + chunk), batch_size, offsets)
-            for image, label in _batches(source, positions, seed, workers):
+            for image, label, _ in _batches(source, positions, seed, workers, damage):
                 yield {"image": image, "label": label}
         return
     positions = _Positions(start_step, stop_step, batch_size, offsets)
-    for image, label in _batches(source, positions, seed, workers):
+    for image, label, _ in _batches(source, positions, seed, workers, damage):
         yield {"image": image, "label": label}
 
 
@@ -237,6 +301,7 @@ def eval_batches(
     num_devices: int,
     device_slice: tuple[int, int] | None = None,
     workers: int = 0,
+    damage: Damage | None = None,
 ) -> Iterator[Batch]:
     """Batches that hold each example of `source` once, over all processes together.
 
@@ -246,9 +311,10 @@ def eval_batches(
       num_devices: over all processes.
       device_slice: as in `train_batches`.
       workers: as in `train_batches`.
+      damage: counts examples that cannot be read, which are left out; None for none allowed.
     Yields:
       `{"image": uint8 [devices, b, height, width, channels], "label": int32 [devices, b], "mask":
-      float32 [devices, b]}`; where the mask is 0, example 0 fills the last batch up.
+      float32 [devices, b]}`; where the mask is 0, another example stands in.
     """
     count, per_device = len(source), -(-batch_size // num_devices)
     batches = -(-count // (per_device * num_devices))
@@ -257,12 +323,12 @@ def eval_batches(
     positions = everything[:, slice(*device_slice or (0, num_devices))]
     mask = positions < count
     indices = np.where(mask, positions, 0)
-    for valid, (image, label) in zip(mask, _batches(source, indices, None, workers), strict=True):
-        yield {"image": image, "label": label, "mask": valid.astype(np.float32)}
+    found = _batches(source, indices, None, workers, damage or Damage())
+    for valid, (image, label, readable) in zip(mask, found, strict=True):
+        yield {"image": image, "label": label, "mask": (valid & readable).astype(np.float32)}
 
 
-def first_examples(source, count: int) -> np.ndarray:
+def first_examples(source, count: int, damage: Damage | None = None) -> np.ndarray:
     """Training images 0 to `count - 1`, uint8 `[count, height, width, channels]`."""
-    if source.augmentation != "resized_crop":
-        return source.arrays()[0][:count]
-    return _Load(source, None)(np.arange(count))["image"]
+    positions = np.arange(count)[None]
+    return next(_batches(source, positions, None, 0, damage or Damage()))[0]

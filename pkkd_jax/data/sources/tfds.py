@@ -1,14 +1,13 @@
 """Data sets that TensorFlow Datasets has prepared, read without TensorFlow."""
 
+import dataclasses
 import io
+import json
 import os
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from pkkd_jax.data.arrays import ArraySource
 from pkkd_jax.names import UserError
 
 __all__ = ["cifar10", "cifar100", "fashion_mnist", "imagenet2012", "mnist"]
@@ -40,6 +39,7 @@ class Records:
         try:
             # By directory: TFDS would look the name up among its own builders, which need more.
             newest = max((folder / name).glob("*/dataset_info.json")).parent
+            _check_description(newest)
             # TFDS's own parsing would cost as much as a tenth of a photograph's decoding.
             self._records = tfds.builder_from_directory(newest).as_data_source(
                 split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
@@ -59,9 +59,25 @@ class Records:
         """Encoded image and label."""
         return _parse(self._records[index])
 
-    def read(self, start: int, stop: int) -> list[tuple[bytes, int]]:
-        """Neighbouring examples, which are faster to read together."""
-        return [_parse(record) for record in self._records.__getitems__(list(range(start, stop)))]
+
+def _check_description(folder: Path) -> None:
+    """Refuses what would make TFDS import code of others, or read files elsewhere."""
+
+    def classes(tree):
+        if isinstance(tree, dict):
+            yield from (tree[key] for key in ("pythonClassName", "type") if key in tree)
+        if isinstance(tree, (dict, list)):
+            for part in tree.values() if isinstance(tree, dict) else tree:
+                yield from classes(part)
+
+    for name in classes(json.loads((folder / "features.json").read_text())):
+        if not str(name).startswith("tensorflow_datasets."):
+            raise ValueError(f"features.json names {name!r}, from outside tensorflow_datasets")
+    info = json.loads((folder / "dataset_info.json").read_text())
+    places = [info, *info.get("splits", [])]
+    for text in (p[k] for p in places for k in ("name", "version", "filepathTemplate") if k in p):
+        if not isinstance(text, str) or Path(text).name != text or "\\" in text:
+            raise ValueError(f"dataset_info.json names {text!r}, outside its directory")
 
 
 def _parse(record: bytes) -> tuple[bytes, int]:
@@ -77,46 +93,50 @@ def decode(encoded: bytes, mode: str) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _in_memory(name, split, data_dir, num_classes, mean, std, augmentation, size):
-    records = Records(name, split, data_dir)
-    mode = "RGB" if len(mean) == 3 else "L"
-    images = np.empty((len(records), size, size, len(mean)), np.uint8)
-    labels = np.empty(len(records), np.int32)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Images:
+    """One split of a prepared TFDS data set of images, as a `data.Source`."""
 
-    def fill(start):
-        found = records.read(start, min(start + 512, len(records)))
-        for index, (encoded, label) in enumerate(found, start):
-            labels[index] = label
-            images[index] = np.asarray(decode(encoded, mode)).reshape(images.shape[1:])
+    records: Records
+    num_classes: int
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augmentation: str
 
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(fill, range(0, len(records), 512)))
-    return ArraySource(images, labels, num_classes, mean, std, augmentation)
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        encoded, label = self.records[index]
+        return {"image": decode(encoded, "RGB" if len(self.mean) == 3 else "L"), "label": label}
 
 
-def mnist(split: str = "train", data_dir: str = ""):
+def mnist(split: str = "train", data_dir: str = "") -> Images:
     """70,000 grey 28x28 images of ten digits."""
-    return _in_memory("mnist", split, data_dir, 10, (33.3,), (78.6,), "none", 28)
+    records = Records("mnist", split, data_dir)
+    return Images(records, 10, (28, 28, 1), (33.3,), (78.6,), "none")
 
 
-def fashion_mnist(split: str = "train", data_dir: str = ""):
+def fashion_mnist(split: str = "train", data_dir: str = "") -> Images:
     """70,000 grey 28x28 images of ten kinds of clothing."""
-    return _in_memory("fashion_mnist", split, data_dir, 10, (72.9,), (90.0,), "none", 28)
+    records = Records("fashion_mnist", split, data_dir)
+    return Images(records, 10, (28, 28, 1), (72.9,), (90.0,), "none")
 
 
-def cifar10(split: str = "train", data_dir: str = ""):
+def cifar10(split: str = "train", data_dir: str = "") -> Images:
     """60,000 colour 32x32 images of ten classes."""
     mean, std = (125.3, 123.0, 113.9), (63.0, 62.1, 66.7)
-    return _in_memory("cifar10", split, data_dir, 10, mean, std, "crop_flip", 32)
+    return Images(Records("cifar10", split, data_dir), 10, (32, 32, 3), mean, std, "crop_flip")
 
 
-def cifar100(split: str = "train", data_dir: str = ""):
+def cifar100(split: str = "train", data_dir: str = "") -> Images:
     """60,000 colour 32x32 images of a hundred classes."""
     mean, std = (129.3, 124.1, 112.4), (68.2, 65.4, 70.4)
-    return _in_memory("cifar100", split, data_dir, 100, mean, std, "crop_flip", 32)
+    return Images(Records("cifar100", split, data_dir), 100, (32, 32, 3), mean, std, "crop_flip")
 
 
-class imagenet2012:
+def imagenet2012(split: str = "train", data_dir: str = "", image_size: int = 224) -> Images:
     """1.28 million photographs of a thousand classes; "test" is the 50,000 validation images.
 
     Args:
@@ -124,22 +144,8 @@ class imagenet2012:
       data_dir: directory of prepared TFDS data sets.
       image_size: height and width that the network sees.
     """
-
-    num_classes = 1000
-    mean = (123.675, 116.28, 103.53)
-    std = (58.395, 57.12, 57.375)
-    augmentation = "resized_crop"
-
-    def __init__(self, split: str = "train", data_dir: str = "", image_size: int = 224):
-        if image_size < 1:
-            raise UserError(f"config.data.image_size={image_size}: it must be positive")
-        self.image_shape = (image_size, image_size, 3)
-        name = {"train": "train", "test": "validation"}[split]
-        self._records = Records("imagenet2012", name, data_dir)
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: int) -> dict:
-        encoded, label = self._records[index]
-        return {"image": decode(encoded, "RGB"), "label": label}
+    if image_size < 1:
+        raise UserError(f"config.data.image_size={image_size}: it must be positive")
+    records = Records("imagenet2012", {"train": "train", "test": "validation"}[split], data_dir)
+    mean, std = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+    return Images(records, 1000, (image_size, image_size, 3), mean, std, "resized_crop")

@@ -1,0 +1,76 @@
+"""What a run directory says of itself, read without importing or executing anything it names."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pkkd_jax.names import UserError
+
+
+def read_config(run_dir: str | Path) -> dict:
+    """The configuration that a run directory was made with.
+
+    Raises:
+      UserError: if `run_dir` holds no run.
+    """
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
+        raise UserError(
+            f"run directory {str(run_dir)!r} holds no config.json: expected a directory that"
+            " `python -m pkkd_jax.main --workdir=DIR` wrote"
+        )
+    try:
+        config = json.loads(path.read_text())
+        needed = {"student", "teacher", "data", "num_classes"}
+        if not isinstance(config, dict) or needed - set(config):
+            raise ValueError("not the configuration of a training")
+        return config
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{str(path)!r} cannot be used ({error}): restore it, or choose another directory"
+        ) from error
+
+
+def network_arguments(config: dict, which: str) -> dict | None:
+    """Keywords of `models.build` for the student or teacher of a run's `config`; None if none."""
+    if which == "teacher" and config["teacher"]["mode"] == "none":
+        return None
+    if which == "teacher" and config["teacher"]["mode"] == "snapshot":
+        which = "student"
+    own = {k: v for k, v in config[which].items() if k not in ("mode", "run_dir", "which")}
+    if config["dtype"] != "float32":  # a model of the user's own need not have the field
+        own["dtype"] = config["dtype"]
+    return {**own, "num_classes": config["num_classes"]}
+
+
+def refuse_outside(run_dir: str | Path, config: dict, parts: Iterable[str], remedy: str) -> None:
+    """Refuses a run's names from outside the package: to use them would import them.
+
+    Args:
+      run_dir: for the message.
+      config: what `read_config` returned.
+      parts: of the configuration whose names will be resolved, such as "student" or "distill".
+      remedy: what a user who trusts the run does instead.
+    Raises:
+      UserError: at the first dotted name.
+    """
+    for part in parts:
+        for name in _names(config[part]):
+            if "." in name:
+                raise UserError(
+                    f"{name!r} in config.{part} of {str(run_dir)!r} is from outside the package:"
+                    f" {remedy}"
+                )
+
+
+def _names(part: Any, key: str = "") -> list[str]:
+    """What a part of a configuration names: a network, data set or optimiser, or losses."""
+    if not isinstance(part, dict):
+        return [key]
+    if not key and "name" in part:
+        return [str(part["name"]), str(part.get("conv", ""))]
+    if key and "weight" in part:
+        return [key]
+    prefix = f"{key}." if key else ""
+    return [name for k, v in part.items() for name in _names(v, f"{prefix}{k}")]
