@@ -1,15 +1,22 @@
-"""Four CPU devices for every test, set before JAX starts."""
+"""Four CPU devices for every test, set before JAX starts, and programs compiled once for all."""
 
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 
 import jax
 import pytest
 
 from pkkd_jax.names import UserError
 from pkkd_jax.ops import cpu, primitive
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 def implementations() -> list[str]:

@@ -32,8 +32,8 @@ def load(name):
 
 @pytest.mark.parametrize(("name", "argument"), CASES)
 def test_config_builds_and_its_update_keeps_shapes(name, argument, monkeypatch):
-    def build_source(split, *, name, **arguments):
-        del split, arguments
+    def build_source(split, damage, *, name, **arguments):
+        del split, damage, arguments
         size, channels, classes = SOURCES[name]
         images = np.zeros((300, size, size, channels), np.uint8)
         mean = (0.0,) * channels

@@ -206,7 +206,7 @@ def test_processes_decode_what_threads_decode(photographs):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_photograph_is_named(photographs, workers):
     (photographs / "train" / "cat" / "0.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"example 0 .*cannot be decoded") as error:
+    with pytest.raises(UserError, match=r"example 0 .*cannot be read") as error:
         folder_batches(photographs, workers=workers)
     assert "\n" not in str(error.value)
 

@@ -290,7 +290,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     explode = ["--config.optim.learning_rate=1e38", "--config.optim.warmup_steps=6"]
     assert main.main(command(workdir, *explode)) == 2
     error = capsys.readouterr().err
-    assert re.search(r"not finite (between steps \d+ and|at step) \d+", error)
+    assert re.search(r"step \d+: the (teacher|student)'s response of stem is not finite", error)
     assert error.count("\n") == 1
     checkpoints = checkpoint.Checkpoints(workdir)
     assert checkpoints.steps()
