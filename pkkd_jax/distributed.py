@@ -11,7 +11,9 @@ from jax.experimental import multihost_utils
 from pkkd_jax.names import UserError
 
 HEARTBEAT_S = 30  # without a sign of life, after which a process counts as lost
-LOST = 134  # exit status when another process is lost: start all of them again
+# Exit status when another process is lost: start all of them again. It is that of an abort, by
+# which JAX's own threads end the program where they are the first to notice.
+LOST = 134
 
 
 def initialize(coordinator: str = "", count: int | None = None, index: int | None = None) -> None:
