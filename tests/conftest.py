@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -49,3 +51,19 @@ def implementation(request):
         yield request.param
     forget()
     cpu.selected()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own and what changes its options; only root can make one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mount(options):
+        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=True)
+
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("needs root on Linux")
+    mount("size=400k")
+    yield disk, mount
+    subprocess.run(["umount", disk], check=True)

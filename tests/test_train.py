@@ -459,22 +459,6 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path, capsys):
     assert "cannot be written" in capsys.readouterr().err
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own and what changes its options; only root can make one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-
-    def mount(options):
-        subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", disk], check=True)
-
-    if sys.platform != "linux" or os.geteuid() != 0:
-        pytest.skip("needs root on Linux")
-    mount("size=400k")
-    yield disk, mount
-    subprocess.run(["umount", disk], check=True)
-
-
 def test_a_disk_too_full_for_a_checkpoint_is_one_clear_line(small_disk, capsys):
     workdir = small_disk[0] / "run"
     assert main.main(command(workdir)) == 2
