@@ -61,6 +61,10 @@ def files_of(run_dir, step=9):
     return sorted(p for p in (run_dir / "checkpoints" / str(step)).rglob("*") if p.is_file())
 
 
+def largest(paths):
+    return max(paths, key=lambda path: path.stat().st_size)
+
+
 def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
@@ -102,8 +106,7 @@ def test_damage_to_any_file_gives_what_was_saved_or_the_checkpoint_before(damage
 
 def test_a_damaged_checkpoint_is_named_with_the_reason_and_set_aside(saved, tmp_path):
     run_dir = shutil.copytree(saved, tmp_path / "run")
-    largest = max(files_of(run_dir), key=lambda p: p.stat().st_size)
-    truncate(largest)
+    truncate(largest(files_of(run_dir)))
     with opened(run_dir) as checkpoints:
         with pytest.warns(UserWarning, match=r"step 9 is damaged \(.+\); it is moved to '.+9' and"):
             assert checkpoints.newest()[0] == 5
@@ -219,9 +222,10 @@ def test_a_disk_that_fills_up_in_mid_save_loses_no_older_checkpoint(small_disk, 
         checkpoints.save(state(1))
         checkpoints.wait()
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: NoLimit)
-    with pytest.raises(OSError, match="No space left"), opened(run_dir) as checkpoints:
-        checkpoints.save(state(2, 20))
-        checkpoints.wait()
+    checkpoints = checkpoint.Checkpoints(run_dir)
+    checkpoints.save(state(2, 20))
+    with pytest.raises(OSError, match="No space left"):
+        checkpoints.close()
     with opened(run_dir) as checkpoints:
         assert_is_state(checkpoints.newest())
         assert checkpoints.steps() == [1]
@@ -249,7 +253,7 @@ def test_a_disk_too_full_is_noticed_before_anything_is_written(small_disk):
 def test_a_network_comes_from_the_newest_intact_checkpoint(saved, tmp_path, monkeypatch):
     run_dir = shutil.copytree(saved, tmp_path / "run")
     before = files_of(run_dir, 5)
-    truncate(max(files_of(run_dir), key=lambda p: p.stat().st_size))
+    truncate(largest(files_of(run_dir)))
     with pytest.warns(UserWarning, match="step 9 .* is damaged"):
         restored = checkpoint.load_state(run_dir, state(0))
     assert int(restored.step) == 5
