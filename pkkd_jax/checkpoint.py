@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -99,7 +100,7 @@ class Checkpoints:
         """Saves `state`; `accuracy` is the student's on images unseen, if it was measured.
 
         Raises:
-          OSError: if there is no space, for this one or for the one before.
+          OSError: if it cannot be written, or the one before could not.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -107,10 +108,7 @@ class Checkpoints:
         parts = {name: _flatten(getattr(state, name)) for name in PARTS if getattr(state, name)}
         parts = {name: part for name, part in parts.items() if part}
         self.wait()
-        size = sum(value.nbytes for part in parts.values() for value in part.values())
-        if shutil.disk_usage(self._manager.directory).free < size + SPARE_BYTES:
-            # Found out while writing, it would leave a broken checkpoint.
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._require_space(sum(value.nbytes for part in parts.values() for value in part.values()))
         sums = {name: {k: _checksum(v) for k, v in part.items()} for name, part in parts.items()}
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
         record = {"accuracy": accuracy, "crc32": sums}
@@ -118,6 +116,16 @@ class Checkpoints:
         self._note(step, accuracy)
         with _disk_errors():
             self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def _require_space(self, size: int) -> None:
+        """Refuses early what Orbax finds out late, with a broken step or after minutes."""
+        directory = str(self._manager.directory)
+        try:
+            if shutil.disk_usage(directory).free < size + SPARE_BYTES:
+                raise OSError(errno.ENOSPC, "")
+            tempfile.TemporaryFile(dir=directory).close()
+        except OSError as error:
+            raise OSError(error.errno, os.strerror(error.errno), directory) from error
 
     def newest(self) -> tuple[int, dict[str, Flat]] | None:
         """The newest intact checkpoint, as its step and parts; None if there is none.

@@ -12,6 +12,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 
 import jax
 import pytest
+from trainings import start
 
 from pkkd_jax.names import UserError
 from pkkd_jax.ops import cpu, primitive
@@ -67,3 +68,13 @@ def small_disk(tmp_path):
     mount("size=400k")
     yield disk, mount
     subprocess.run(["umount", disk], check=True)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A run that was never stopped, on one device, and what it printed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    process = start(workdir)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return workdir, out

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 
@@ -145,7 +147,7 @@ def photographs(tmp_path):
     return tmp_path
 
 
-def folder_batches(root, seed=0, start=0, workers=0):
+def folder_batches(root, seed=0, start=0, workers=0, damage=None):
     train = data.build_source("train", name="folder", data_dir=str(root), image_size=16)
     return list(
         data.train_batches(
@@ -156,6 +158,7 @@ def folder_batches(root, seed=0, start=0, workers=0):
             stop_step=4,
             num_devices=2,
             workers=workers,
+            damage=damage,
         )
     )
 
@@ -209,6 +212,106 @@ def test_a_broken_photograph_is_named(photographs, workers):
     with pytest.raises(UserError, match=r"example 0 .*cannot be read") as error:
         folder_batches(photographs, workers=workers)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_photographs_are_left_out_with_a_warning_up_to_the_limit(photographs, workers):
+    whole = folder_batches(photographs, workers=workers)
+    for path in ("train/cat/1.png", "train/dog/3.png", "val/dog/2.png"):
+        content = (photographs / path).read_bytes()
+        (photographs / path).write_bytes(content[: len(content) // 2])
+    with pytest.warns(UserWarning, match="cannot be read") as warned:
+        batches = folder_batches(photographs, workers=workers, damage=data.Damage(2))
+    texts = [str(w.message) for w in warned if "cannot be read" in str(w.message)]
+    assert len(texts) == 2  # of 16 examples asked for, in which each comes once or twice
+    assert all(any(f"example {index} " in text for text in texts) for index in (1, 8))
+    assert "2 of at most 2 left out" in texts[1]
+    differing = sum(
+        (a["image"] != b["image"]).any((-1, -2, -3)).sum()
+        for a, b in zip(batches, whole, strict=True)
+    )
+    assert 2 <= differing <= 4  # the others are what they would have been
+    with (
+        pytest.warns(UserWarning, match="1 of at most 1 left out"),
+        pytest.raises(UserError, match=r"config.max_damaged=1 allows 1: mend or remove"),
+    ):
+        folder_batches(photographs, workers=workers, damage=data.Damage(1))
+    test = data.build_source("test", name="folder", data_dir=str(photographs), image_size=16)
+    with pytest.warns(UserWarning, match="example 5 "):
+        found = list(
+            data.eval_batches(
+                test, batch_size=4, num_devices=2, workers=workers, damage=data.Damage(1)
+            )
+        )
+    assert sum(b["mask"].sum() for b in found) == 5
+
+
+def test_a_damaged_record_is_left_out_with_a_warning_up_to_the_limit(prepared):
+    root, images = prepared
+    path = root / "cifar10" / "3.0.2" / "cifar10-train.array_record-00000-of-00001"
+    content = bytearray(path.read_bytes())
+    place = content.find(b"IDAT", content.find(b"IDAT") + 4) + 200  # in the second image
+    content[place : place + 4] = b"ruin"
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="example 1 .* cannot be read .*1 of at most 1 left out"):
+        source = data.build_source("train", data.Damage(1), name="cifar10", data_dir=str(root))
+    np.testing.assert_array_equal(source.arrays()[0], images[[0, 2, 3, 4]])
+    with pytest.raises(UserError, match=r"config.max_damaged=0 allows none"):
+        data.build_source("train", name="cifar10", data_dir=str(root))
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("features.json", "tensorflow_datasets.core.features.image_feature.Image", "os.system"),
+        ("dataset_info.json", '"name": "train"', '"name": "../../secret"'),
+        ("dataset_info.json", "{DATASET}-{SPLIT}", "../{DATASET}-{SPLIT}"),
+        ("dataset_info.json", '"3.0.2"', '"/etc"'),
+    ],
+)
+def test_a_description_that_names_code_or_other_directories_is_refused(prepared, file, old, new):
+    path = prepared[0] / "cifar10" / "3.0.2" / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(UserError, match=r"outside (tensorflow_datasets|its directory)"):
+        data.build_source("train", name="cifar10", data_dir=str(prepared[0]))
+
+
+class Unhashable:
+    """A user's own source with no more than the protocol."""
+
+    num_classes, image_shape, mean, std = 3, (4, 4, 1), (0.0,), (1.0,)
+    __hash__ = None
+
+    def __init__(self, split, data_dir, augmentation="none"):
+        self.augmentation = augmentation
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return {"image": np.full((4, 4, 1), index, np.uint8), "label": index % 3}
+
+
+class Deadly(Unhashable):
+    """Ends the process that reads its third example, unless that is the test's."""
+
+    def __init__(self, split, data_dir, test_process):
+        super().__init__(split, data_dir, "resized_crop")
+        self.test_process = test_process
+
+    def __getitem__(self, index):
+        if index == 3 and os.getpid() != self.test_process:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+
+def test_a_worker_that_dies_is_an_error_and_no_hang():
+    own = data.build_source(
+        "test", name=f"{__name__}.Deadly", data_dir="", test_process=os.getpid()
+    )
+    with pytest.raises(UserError, match=r"died \(exit status -9.*config.workers \(now 1\)"):
+        list(data.eval_batches(own, batch_size=2, num_devices=1, workers=1))
 
 
 def test_images_of_another_size_are_refused_where_one_is_wanted(photographs):
@@ -296,22 +399,6 @@ def test_a_prepared_data_set_is_read_without_tensorflow(prepared):
         np.testing.assert_array_equal(found, images[part])
         np.testing.assert_array_equal(labels, np.arange(8)[part])
     assert "tensorflow" not in sys.modules
-
-
-class Unhashable:
-    """A user's own source with no more than the protocol."""
-
-    num_classes, image_shape, mean, std = 3, (4, 4, 1), (0.0,), (1.0,)
-    __hash__ = None
-
-    def __init__(self, split, data_dir, augmentation="none"):
-        self.augmentation = augmentation
-
-    def __len__(self):
-        return 6
-
-    def __getitem__(self, index):
-        return {"image": np.full((4, 4, 1), index, np.uint8), "label": index % 3}
 
 
 @pytest.mark.parametrize("augmentation", ["none", "crop_flip", "resized_crop"])

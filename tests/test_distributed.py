@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from test_train import MINE, QUICKSTART, ROOT, final
+from trainings import MINE, QUICKSTART, ROOT, final
 
 from pkkd_jax import distributed, main
 

@@ -1,77 +1,16 @@
 """The loop through the command line: results, resuming, and every mistake a user can make."""
 
 import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from trainings import MINE, QUICKSTART, ROOT, SHORT, command, final
 
-from pkkd_jax import checkpoint, evaluate, experiment, main, metrics, train, update
+from pkkd_jax import checkpoint, evaluate, experiment, main, train
 from pkkd_jax.analysis import curves
 from pkkd_jax.names import UserError
 from pkkd_jax.ops import cpu
-
-ROOT = Path(__file__).parent.parent
-QUICKSTART = str(ROOT / "configs" / "quickstart.py")
-SHORT = [
-    "--config.steps=12",
-    "--config.batch_size=16",
-    "--config.checkpoint_every_s=0",
-    "--config.log_every_steps=3",
-    "--config.eval.recalibrate_batches=2",
-]
-
-
-def command(workdir, *more):
-    return ["main", f"--config={QUICKSTART}", f"--workdir={workdir}", *SHORT, *more]
-
-
-def start(workdir, *more):
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "pkkd_jax.main", *command(workdir, *more)[1:]],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
-
-
-def final(workdir):
-    """Parameters of all parts at the last step, and the test figures."""
-    checkpoints = checkpoint.Checkpoints(workdir)
-    step = checkpoints.steps()[-1]
-    parts = {name: checkpoints.read(step, name) for name in checkpoint.PARTS}
-    checkpoints.close()
-    results = json.loads((workdir / "results.json").read_text())
-    return step, parts, {k: v for k, v in results.items() if k.startswith("test/")}
-
-
-def assert_same_run(a, b):
-    (step_a, parts_a, figures_a), (step_b, parts_b, figures_b) = final(a), final(b)
-    assert (step_a, figures_a) == (step_b, figures_b)
-    for name in checkpoint.PARTS:
-        assert parts_a[name].keys() == parts_b[name].keys()
-        for key, value in parts_a[name].items():
-            np.testing.assert_array_equal(value, parts_b[name][key])
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A run that was never stopped, on one device, and what it printed."""
-    workdir = tmp_path_factory.mktemp("finished") / "run"
-    process = start(workdir)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return workdir, out
 
 
 def test_a_run_says_what_it_does_and_what_came_of_it(finished):
@@ -126,73 +65,6 @@ def test_a_finished_run_is_not_trained_again(finished, capsys):
     assert main.main(command(workdir)) == 0
     assert "resumed at step 12" in capsys.readouterr().out
     assert (workdir / "metrics.jsonl").read_text() == before
-
-
-def test_killed_in_mid_run_and_resumed_equals_never_stopped(finished, tmp_path):
-    workdir = tmp_path / "run"
-    process = start(workdir, "--config.steps=12")
-    while process.poll() is None and not list((workdir / "checkpoints").glob("[4-9]")):
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL  # it had not finished
-    again = start(workdir)
-    out, err = again.communicate()
-    assert again.returncode == 0, err
-    assert "resumed at step" in out
-    assert_same_run(workdir, finished[0])
-
-
-def test_stopped_by_a_signal_saves_says_how_to_go_on_and_resumes_bit_for_bit(finished, tmp_path):
-    workdir = tmp_path / "run"
-    process = start(workdir)
-    for line in process.stdout:
-        if line.startswith("step 3/"):
-            process.send_signal(signal.SIGTERM)
-            break
-    _, err = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert "SIGTERM" in err
-    assert "the same command goes on" in err
-    again = start(workdir)
-    out, err = again.communicate()
-    assert again.returncode == 0, err
-    assert "resumed at step" in out
-    assert_same_run(workdir, finished[0])
-
-
-def test_a_signal_is_obeyed_at_the_next_step(tmp_path):
-    def stop(figures):
-        os.kill(os.getpid(), signal.SIGINT)
-
-    config, workdir, _ = main.parse(command(tmp_path / "run"))
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(train.Interrupted) as stopped:
-        train.train_and_evaluate(config, workdir, at_interval=stop)
-    assert stopped.value.step == 1
-    checkpoints = checkpoint.Checkpoints(workdir)
-    assert checkpoints.steps() == [1]
-    checkpoints.close()
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_signal_is_obeyed_while_evaluating_which_is_made_up_for(finished, tmp_path, monkeypatch):
-    more = ["--config.eval.every_epochs=0.05"]  # 4.5 steps
-    config, workdir, _ = main.parse(command(tmp_path / "run", *more))
-    whole = update.evaluate
-
-    def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return whole(*arguments)
-
-    monkeypatch.setattr(update, "evaluate", interrupted)
-    with pytest.raises(train.Interrupted) as stopped:
-        train.train_and_evaluate(config, workdir)
-    assert stopped.value.step == 4
-    monkeypatch.undo()
-    train.train_and_evaluate(config, workdir)
-    rows = metrics.read(workdir)
-    assert [r["step"] for r in rows if "test/student/accuracy" in r] == [4, 8, 12]
 
 
 def test_a_mistake_that_shows_late_can_be_mended_in_the_same_directory(tmp_path, capsys):
@@ -284,22 +156,6 @@ def test_curves_are_a_picture(finished):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
-    workdir = tmp_path / "run"
-    # The first rate is harmless, the warm-up brings it to 1e38 in a few steps.
-    explode = ["--config.optim.learning_rate=1e38", "--config.optim.warmup_steps=6"]
-    assert main.main(command(workdir, *explode)) == 2
-    error = capsys.readouterr().err
-    assert re.search(r"step \d+: the (teacher|student)'s response of stem is not finite", error)
-    assert error.count("\n") == 1
-    checkpoints = checkpoint.Checkpoints(workdir)
-    assert checkpoints.steps()
-    for step in checkpoints.steps():
-        for value in checkpoints.read(step, "student").values():
-            assert np.isfinite(value).all()
-    checkpoints.close()
-
-
 def test_a_users_own_loss_network_and_data_are_named_by_dotted_paths(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -322,35 +178,6 @@ def test_a_users_own_loss_network_and_data_are_named_by_dotted_paths(tmp_path, m
     config = f"--config={QUICKSTART}:distill=kd,student=mine.Net,teacher=mine.Net,data=mine.data"
     assert main.main([line[0], config, f"--workdir={tmp_path / 'second'}", *SHORT, *fixed]) == 0
 
-
-MINE = """
-from flax import linen
-from pkkd_jax import nn
-from pkkd_jax.data.sources.digits import digits as data
-from pkkd_jax.distill import Distiller
-
-
-def logits(scale=1.0):
-    def apply(params, student, teacher, axis_name):
-        loss = scale * ((student.logits - teacher.logits) ** 2).mean()
-        return loss, {"loss_logits": loss}
-
-    return Distiller(lambda key, student, teacher: {}, apply)
-
-
-class Net(linen.Module):
-    num_classes: int
-    conv: str = "conv"
-    bn_axis_name: str | None = None
-    width: int = 4
-
-    @linen.compact
-    def __call__(self, images, train):
-        x = linen.Conv(self.width, (3, 3))(images)
-        y = nn.convolution(self.conv)(self.width, (3, 3))(x)
-        z = linen.BatchNorm(not train, axis_name=self.bn_axis_name)(y).mean((1, 2))
-        return nn.Outputs(linen.Dense(self.num_classes)(z), {"stem": x, "conv1": y})
-"""
 
 MISTAKES = {
     "config file": ([f"--config={ROOT}/configs/quickstrat.py"], "did you mean"),
@@ -457,24 +284,6 @@ def test_a_directory_that_cannot_be_made_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main.main(command(tmp_path / "file" / "run")) == 2
     assert "cannot be written" in capsys.readouterr().err
-
-
-def test_a_disk_too_full_for_a_checkpoint_is_one_clear_line(small_disk, capsys):
-    workdir = small_disk[0] / "run"
-    assert main.main(command(workdir)) == 2
-    error = capsys.readouterr().err
-    assert "No space left on device" in error
-    assert error.count("\n") == 1
-    assert not (workdir / "results.json").exists()
-
-
-def test_a_directory_without_permission_is_one_clear_line(small_disk, capsys):
-    disk, mount = small_disk
-    mount("remount,ro")
-    assert main.main(command(disk / "run")) == 2
-    error = capsys.readouterr().err
-    assert "Read-only file system" in error
-    assert error.count("\n") == 1
 
 
 def test_evaluating_on_images_of_another_shape_is_one_clear_line(finished, tmp_path, capsys):

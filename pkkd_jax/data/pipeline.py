@@ -6,6 +6,7 @@ Everything is a function of seed, step and global position: there is nothing to 
 import functools
 import math
 import os
+import re
 import signal
 import warnings
 from collections.abc import Iterator
@@ -224,6 +225,15 @@ def _batches(source, positions, seed, workers, damage) -> Iterator[tuple[np.ndar
                 damage.note(source, int(index))
             readable = (unreadable[:, 0] < 0).reshape(shape)
             yield image.reshape(*shape, *image.shape[1:]), label.reshape(shape), readable
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        status = re.search(r"exit code (-?\d+)", str(error))
+        raise UserError(
+            f"a process that decodes images died (exit status {status.group(1) if status else '?'};"
+            " -9 is often too little memory): go on by the same command, with fewer of them by"
+            f" config.workers (now {workers})"
+        ) from error
     finally:
         stream.close()  # its processes, and what they hold in shared memory
 
