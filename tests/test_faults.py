@@ -14,7 +14,7 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trainings import MINE, QUICKSTART, assert_same_run, command, final, start
+from trainings import MINE, QUICKSTART, ROOT, assert_same_run, command, final, start
 
 from pkkd_jax import checkpoint, evaluate, main, metrics, train, update
 from pkkd_jax.names import UserError
@@ -281,3 +281,13 @@ def test_what_a_run_directory_names_is_neither_imported_nor_executed(
         pytest.raises(UserError, match=r"no checkpoint in .* is intact"),
     ):
         checkpoint.load_network(run_dir)
+
+
+def test_five_kills_in_a_short_soak_change_nothing(own):
+    command = [sys.executable, str(ROOT / "benchmarks" / "soak.py"), "--kills=5", "--steps=60"]
+    run = subprocess.run(
+        [*command, f"--config={SMALL.partition('=')[2]}"], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "5 kills" in run.stdout
+    assert "arrays that differ: 0 of" in run.stdout
