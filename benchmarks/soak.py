@@ -1,10 +1,12 @@
 """A training killed again and again, which ends with the parameters of one never disturbed.
 
 python benchmarks/soak.py [--kills=25] [--steps=300] [--seed=0] [--config=FILE:ARG]
+python benchmarks/soak.py --memory
 
 In seeded random order: SIGKILL, SIGTERM, and SIGKILL with a bit flipped in the newest checkpoint,
 each some steps after the start, or before the first step. Every step is saved, so that many a kill
-hits a save. The exit status is 1 if the two trainings differ.
+hits a save. The exit status is 1 if the two trainings differ. With --memory it compares instead the
+resident size of one training after 500 and after 5,000 steps, on Linux.
 """
 
 import argparse
@@ -154,6 +156,29 @@ def soak(config: str, steps: int, kills: int, seed: int, out: Path) -> bool:
     return not differing and ours.keys() == wanted.keys() and figures == wanted_figures
 
 
+def memory(config: str, out: Path) -> bool:
+    """Says whether a training's resident size grows by less than 3% from step 500 to 5,000."""
+    training = Training(
+        [sys.executable, "-m", "pkkd_jax.main", f"--config={config}", f"--workdir={out / 'run'}",
+         "--config.steps=5000", "--config.log_every_steps=1"]
+    )  # fmt: skip
+    sizes = []
+    for step in (500, 4950):
+        training.wait_for_steps(step)
+        samples = []
+        while training.process.poll() is None and training.step < step + 50:
+            status = Path(f"/proc/{training.process.pid}/status").read_text()
+            samples.append(int(re.search(r"VmRSS:\s+(\d+) kB", status).group(1)) / 1000)
+            time.sleep(0.02)
+        sizes.append(float(np.median(samples)))
+    if training.end():
+        raise SystemExit("\n".join(training.errors))
+    growth = sizes[1] / sizes[0] - 1
+    print(f"resident after 500 steps: {sizes[0]:.1f} MB, after 5,000: {sizes[1]:.1f} MB")
+    print(f"growth: {growth:.1%}")
+    return growth < 0.03
+
+
 def main() -> int:
     """Runs the command line and returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -161,8 +186,11 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seed", type=int, default=0, help="of the order of kills")
     parser.add_argument("--config", default=QUICKSTART, help="FILE or FILE:ARG of the training")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as out:
+        if given.memory:
+            return 0 if memory(given.config, Path(out)) else 1
         return 0 if soak(given.config, given.steps, given.kills, given.seed, Path(out)) else 1
 
 

@@ -14,10 +14,12 @@ def keep() -> None:
     Given back to the system, it would be cleared page by page in every step. XLA takes it in the
     thread that runs the step: in the caller's, whose heap nothing else cuts up, if JAX dispatches
     synchronously. It is set for the whole process; on other systems nothing but the dispatch is.
+    Other threads share one heap besides: with one each, every checkpoint would leave some unused.
     """
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     if hasattr(LIBC, "mallopt"):
         LIBC.mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap too
+        LIBC.mallopt(-8, 2)  # M_ARENA_MAX
         LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink by itself
 
 
