@@ -80,8 +80,9 @@ def measure_starts(command: list[str]) -> None:
         more = [f"--workdir={run_dir}", f"--config.compilation_cache_dir={cache}"]
         began = time.perf_counter()
         process = subprocess.Popen([*command, *more], stdout=subprocess.PIPE, text=True)
+        seconds = None
         for line in process.stdout:
-            if line.startswith("step "):
+            if line.startswith("step ") and seconds is None:
                 seconds = time.perf_counter() - began
                 process.terminate()  # which saves
         if process.wait() not in (0, 143):

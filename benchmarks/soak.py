@@ -28,7 +28,8 @@ import numpy as np
 from pkkd_jax import checkpoint
 
 QUICKSTART = str(Path(__file__).parent.parent / "configs" / "quickstart.py")
-KINDS = ("SIGKILL", "SIGTERM", "SIGKILL and a flipped bit")
+FLIP = "SIGKILL and a flipped bit"
+KINDS = ("SIGKILL", "SIGTERM", FLIP)
 
 
 class Training:
@@ -77,10 +78,10 @@ class Training:
 
 
 def flip_a_bit(run_dir: Path, rng: random.Random) -> str:
-    """Flips one in the arrays of the newest checkpoint; says where."""
-    steps = [int(p.name) for p in (run_dir / "checkpoints").iterdir() if p.name.isdigit()]
+    """Flips one in the arrays of the newest checkpoint; says where, "" if there is no other."""
+    steps = [int(p.name) for p in (run_dir / "checkpoints").glob("*") if p.name.isdigit()]
     if len(steps) < 2:
-        return "no bit: there is one checkpoint only"
+        return ""
     folder = run_dir / "checkpoints" / str(max(steps)) / rng.choice(("student", "teacher"))
     path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
     content = bytearray(path.read_bytes())
@@ -129,7 +130,8 @@ def soak(config: str, steps: int, kills: int, seed: int, out: Path) -> bool:
         if training.process.poll() is not None:
             raise SystemExit("it ended by itself:\n" + "\n".join(training.errors))
         status = training.end(signal.SIGTERM if kind == "SIGTERM" else signal.SIGKILL)
-        where = flip_a_bit(killed, rng) if "bit" in kind else ""
+        where = flip_a_bit(killed, rng) if kind == FLIP else ""
+        kind = "SIGKILL" if kind == FLIP and not where else kind
         done[kind] += 1
         if training.step is not None:
             repeated += max(0, reached - training.resumed)
@@ -148,6 +150,8 @@ def soak(config: str, steps: int, kills: int, seed: int, out: Path) -> bool:
         print(f"    {line}")
     (ours, figures), (wanted, wanted_figures) = final(killed), final(undisturbed)
     differing = [key for key in wanted if not np.array_equal(wanted[key], ours.get(key))]
+    aside = len(list((killed / "damaged").glob("*")))
+    print(f"checkpoints found damaged and set aside: {aside}, of {done[FLIP]} with a flipped bit")
     counts = ", ".join(f"{count} {kind}" for kind, count in done.items())
     print(f"{steps} steps, {done.total()} kills ({counts}), {repeated} steps done again")
     print(f"start to the step of the kill: median {np.median(recoveries):.1f} s")

@@ -22,6 +22,8 @@ from pkkd_jax.state import DistillState
 PARTS = ("student", "teacher", "distiller")
 RECORD = "record"  # of a checkpoint: its accuracy, and the CRC-32 of every array by part
 KEEP_LATEST = 2
+# Errors of the system, which say nothing of what was saved.
+NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 SPARE_BYTES = 2**20  # for a checkpoint's metadata
 
 Flat = dict[str, np.ndarray]
@@ -104,6 +106,7 @@ class Checkpoints:
         """
         step = int(state.step)
         if step in self._manager.all_steps():
+            self._note(step, accuracy)
             return
         parts = {name: _flatten(getattr(state, name)) for name in PARTS if getattr(state, name)}
         parts = {name: part for name, part in parts.items() if part}
@@ -128,21 +131,34 @@ class Checkpoints:
             raise OSError(error.errno, os.strerror(error.errno), directory) from error
 
     def newest(self) -> tuple[int, dict[str, Flat]] | None:
-        """The newest intact checkpoint, as its step and parts; None if there is none.
+        """The newest intact checkpoint, as its step and parts; None if nothing was saved.
 
         Damaged ones that are newer are moved to `damaged/` in the run directory, with a warning:
         left where they are, they would keep Orbax from saving their steps again.
+
+        Raises:
+          UserError: if there are checkpoints, and none is intact; they stay where they are.
         """
+        damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                return step, {name: self.read(step, name) for name in PARTS}
+                parts = {name: self.read(step, name) for name in PARTS}
             except Damaged as error:
-                place = self._set_aside(step)
+                damaged[step] = str(error)
+                continue
+            for each, reason in damaged.items():
                 warnings.warn(
-                    f"the checkpoint of step {step} is damaged ({error}); it is moved to"
-                    f" {str(place)!r} and the one before is used",
+                    f"the checkpoint of step {each} is damaged ({reason}); it is moved to"
+                    f" {str(self._set_aside(each))!r} and the one before is used",
                     stacklevel=2,
                 )
+            return step, parts
+        if damaged:
+            step, reason = next(iter(damaged.items()))
+            raise UserError(
+                f"no checkpoint in {str(self._run_dir)!r} is intact (step {step}: {reason}): see"
+                " whether its files can be read, or start anew in another --workdir"
+            )
         return None
 
     def read(self, step: int, name: str) -> Flat:
@@ -175,9 +191,11 @@ class Checkpoints:
     def _restore(self, step: int, item: str, arguments):
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item]
-        except (MemoryError, PermissionError):
+        except MemoryError:
             raise
         except Exception as error:  # of many kinds, whatever is broken
+            if isinstance(error, OSError) and error.errno in NOT_DAMAGE:
+                raise
             text = " ".join(str(error).split()) or "no message"
             raise Damaged(f"{item}: {type(error).__name__}: {text[:200]}") from error
 
@@ -284,8 +302,7 @@ def load_network(run_dir: str | Path, which: str = "student", step: str | int = 
         remedy = "pass it as load_network(..., model=...); at the command line, --trust imports it"
         runs.refuse_outside(run_dir, config, [which], remedy)
         model = models.build(**description)
-    _, parts = _saved(run_dir, step, [which])
-    flat = parts[which]
+    flat = _saved(run_dir, step)[1][which]
     variables = {"params": {}, "batch_stats": {}}
     nested = traverse_util.unflatten_dict(flat, sep="/")
     variables.update({key: nested[key] for key in variables if key in nested})
@@ -302,11 +319,11 @@ def load_state(run_dir: str | Path, template: DistillState, step: str | int = "l
     Raises:
       UserError: if there is no such step, or it is of another architecture.
     """
-    return fill(template, *_saved(run_dir, step, PARTS))
+    return fill(template, *_saved(run_dir, step))
 
 
-def _saved(run_dir: str | Path, step: str | int, names) -> tuple[int, dict[str, Flat]]:
-    """Parts of the checkpoint that `step` means, or for "last" of the newest that is intact."""
+def _saved(run_dir: str | Path, step: str | int) -> tuple[int, dict[str, Flat]]:
+    """The checkpoint that `step` means, or for "last" the newest that is intact."""
     none = UserError(f"the run in {str(run_dir)!r} has no checkpoint yet")
     if not (Path(run_dir) / "checkpoints").is_dir():
         raise none
@@ -324,7 +341,7 @@ def _saved(run_dir: str | Path, step: str | int, names) -> tuple[int, dict[str, 
             )
         for each in reversed(steps[: steps.index(chosen) + 1]):
             try:
-                return each, {name: checkpoints.read(each, name) for name in names}
+                return each, {name: checkpoints.read(each, name) for name in PARTS}
             except Damaged as error:
                 text = f"the checkpoint of step {each} in {str(run_dir)!r} is damaged ({error})"
                 if step != "last":

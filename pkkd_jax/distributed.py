@@ -1,6 +1,7 @@
 """Processes that train together, one for each host (or accelerator)."""
 
 import os
+import sys
 import zlib
 from typing import Any
 
@@ -65,7 +66,7 @@ def _no_meeting(error: Exception) -> UserError:
 
 def several() -> bool:
     """Whether there are other processes."""
-    return jax.process_count() > 1
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def first() -> bool:
@@ -92,6 +93,14 @@ def require_same(text: str, what: str) -> None:
         )
 
 
+def is_loss(error: Exception) -> bool:
+    """Whether `error` says that another process is gone, and not that this one is at fault."""
+    own = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+    return isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(own)
+
+
 def leave_at_once(status: int) -> None:
-    """Ends this process without waiting for others, which may be gone."""
+    """Ends this process without waiting for others, which may wait for it, or be gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)

@@ -121,7 +121,7 @@ def main(argv: list[str] | None = None) -> int:
             given.split,
             given.trust,
         )
-    except names.UserError as error:
+    except (names.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(json.dumps(figures, indent=2))

@@ -9,19 +9,20 @@ import re
 import runpy
 import shutil
 import sys
+import traceback
 import warnings
 from pathlib import Path
 
 # Before JAX starts: its CPU client's notices are not for users.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from pkkd_jax import distributed, memory, names, train
 from pkkd_jax.analysis import curves
 
+DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT)
 USAGE = (
     "python -m pkkd_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.LEAF=VALUE]"
 )
@@ -163,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv if argv is None else argv
     logging.set_verbosity(logging.FATAL)  # what libraries log as errors, they also raise
     warnings.showwarning = _print_warning
-    workdir, shown = None, []
+    workdir, shown, agreed = None, [], False
 
     def at_interval(figures):
         _show_progress(figures, shown)
@@ -186,25 +187,29 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except train.Interrupted as stop:
         message, status = f"{stop}; the same command goes on from there", 128 + stop.signum
+        agreed = True
     except KeyboardInterrupt:
         message, status = "stopped; the same command goes on from the last checkpoint", 130
     except names.UserError as error:
         message, status = f"error: {error}", 2
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT):
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            where = Path(error.filename or workdir)
+            remedy = "free space or choose another --workdir"
+            if not where.absolute().is_relative_to(workdir.absolute()):
+                remedy = "make it readable, or name another"
+            message, status = f"error: {error.strerror}: {str(where)!r}; {remedy}", 2
+        elif distributed.several() and distributed.is_loss(error):
+            text = " ".join(str(error).split())[:200]
+            message = f"another process is lost ({text}); start all of them again to go on"
+            status = distributed.LOST
+        elif distributed.several():
+            message, status = traceback.format_exc(), 1
+        else:
             raise
-        where = error.filename or workdir
-        message = f"error: {error.strerror}: {str(where)!r}; free space or choose another --workdir"
-        status = 2
-    except jax.errors.JaxRuntimeError as error:
-        if not distributed.several():
-            raise
-        text = " ".join(str(error).split())[:200]
-        message = f"another process is lost ({text}); start all of them again to go on"
-        status = distributed.LOST
     print(message, file=sys.stderr, flush=True)
-    if distributed.several() and status in (2, distributed.LOST):
-        distributed.leave_at_once(status)  # the others may be waiting, or gone
+    if distributed.several() and not agreed:
+        distributed.leave_at_once(status)
     return status
 
 

@@ -24,15 +24,14 @@ from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError
 
+# Leaves in which processes that train together may differ: they do no step of the work.
+OWN = (("data", "data_dir"), ("teacher", "run_dir"), ("workers",), ("compilation_cache_dir",))
 # Leaves that say where, how fast and how often, and change no result: a run may go on with others.
 PLACES = (
-    ("data", "data_dir"),
-    ("teacher", "run_dir"),
-    ("workers",),
+    *OWN,
     ("log_every_steps",),
     ("checkpoint_every_s",),
     ("watchdog_s",),
-    ("compilation_cache_dir",),
     ("skip_not_finite",),
     ("max_damaged",),
 )
@@ -77,14 +76,19 @@ def check_run(workdir: Path, config: dict) -> None:
         )
 
 
-def _essence(config: dict) -> dict:
-    """What of a configuration a run's results depend on."""
+def _without(config: dict, leaves: tuple) -> dict:
     config = copy.deepcopy(config)
-    for *parents, leaf in PLACES:
+    for *parents, leaf in leaves:
         place = config
         for key in parents:
             place = place.get(key, {})
         place.pop(leaf, None)
+    return config
+
+
+def _essence(config: dict) -> dict:
+    """What of a configuration a run's results depend on."""
+    config = _without(config, PLACES)
     if config["teacher"]["mode"] == "none":
         # Without a teacher it is the same run whatever the losses' leaves say.
         config["teacher"], config["distill"] = {"mode": "none"}, {}
@@ -173,6 +177,7 @@ class _Watchdog:
 
     def __init__(self, seconds: float):
         self.seconds, self.armed_at = seconds, -float("inf")
+        self.alive()
 
     def alive(self) -> None:
         now = time.monotonic()
@@ -232,14 +237,18 @@ def train_and_evaluate(
     workdir, writes = Path(workdir), distributed.first()
     if config.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
+    shared = json.dumps(_without(config_lib.to_json(config), OWN), sort_keys=True)
+    distributed.require_same(shared, "configuration")
     built = experiment.build(config)
-    distributed.require_same(json.dumps(_essence(built.config), sort_keys=True), "configuration")
-    checkpoints = found = results = writer = None
-    if writes:
-        check_run(workdir, built.config)
-        checkpoints = checkpoint.Checkpoints(workdir)
-    try:
+    sizes = len(built.splits.train), len(built.splits.test)
+    distributed.require_same(str(sizes), "number of examples")
+    checkpoints = found = results = None
+    with contextlib.ExitStack() as at_exit:
+        watchdog = at_exit.enter_context(contextlib.closing(_Watchdog(config.watchdog_s)))
         if writes:
+            check_run(workdir, built.config)
+            checkpoints = checkpoint.Checkpoints(workdir)
+            at_exit.callback(checkpoints.close)
             found = checkpoints.newest()
             at_start(experiment.describe(built, found[0] if found else 0, workdir))
             if found and found[0] == built.total_steps:
@@ -248,28 +257,25 @@ def train_and_evaluate(
             np.array([found[0] if found else 0, results is not None], np.int32)
         )
         if not done:
-            state = built.initial_state()
-            if step:
-                state = distributed.from_first(checkpoint.fill(state, *found) if writes else state)
-            elif writes:  # only now: a mistake that showed before can be mended in this directory
-                metrics.write_json(workdir / "config.json", built.config)
+            state, writer = built.initial_state(), None
+            if found:
+                state = checkpoint.fill(state, *found)
+            state = distributed.from_first(state)
             if writes:
+                if not found:  # only now: what was wrong before can be mended in this directory
+                    metrics.write_json(workdir / "config.json", built.config)
                 writer = metrics.Writer(workdir, int(step))
-            results = _loop(built, state, checkpoints, writer, at_interval, at_signal)
+                at_exit.callback(writer.close)
+            results = _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal)
             if writes:
                 checkpoints.wait()
                 metrics.write_json(workdir / "results.json", results)
-    finally:
-        if writer:
-            writer.close()
-        if checkpoints:
-            checkpoints.close()
     if writes:
         at_end(workdir, results)
     return results or {}
 
 
-def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
+def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal) -> dict:
     config, total = built.config, built.total_steps
     step, mapped, figures, pending, logged = int(state.step), {}, {}, [], int(state.step)
     last = writer.last if writer else {}
@@ -284,7 +290,7 @@ def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
     skipped = 0
     state = update_lib.replicate(state)
     update = update_lib.pmap(update_lib.joint_update(built.recipe), donate=True)
-    agreement, watchdog = _Agreement(ahead), _Watchdog(config["watchdog_s"])
+    agreement = _Agreement(ahead)
 
     def write(row):
         if writer:
@@ -305,6 +311,8 @@ def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
             built.recipe, state.replace(step=np.int32(at - 1)), batch
         )
         limit, text = config["skip_not_finite"], f"step {at}: {what} not finite"
+        if at != step:
+            text += f" (looked for with the parameters of step {step})"
         if skipped <= limit:
             warnings.warn(f"{text}; update {skipped} of at most {limit} left out", stacklevel=2)
             return
@@ -382,7 +390,7 @@ def _loop(built, state, checkpoints, writer, at_interval, at_signal) -> dict:
         agreement.asked.clear()  # what was asked before does not ask for another
 
     results: dict = {}
-    with _signals(at_signal) as received, contextlib.closing(watchdog):
+    with _signals(at_signal) as received:
         missing = step in built.eval_steps and judged not in last
         if distributed.from_first(np.int32(missing)):
             results = evaluate()  # a signal had cut it off

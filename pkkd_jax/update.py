@@ -270,19 +270,18 @@ def joint_update(recipe: Recipe) -> Callable:
         teacher = state.teacher
         if recipe.teacher_learns and teacher is not None:
             teacher = learn(recipe.optimiser, teacher, gradients["teacher"], stats["teacher"])
-        if recipe.snapshots:
-            now = jnp.isin(state.step + 1, jnp.array(recipe.snapshots))
-            teacher = teacher.replace(
-                **jax.tree.map(
-                    lambda new, old: jnp.where(now, new, old),
-                    {"params": student.params, "batch_stats": student.batch_stats},
-                    {"params": teacher.params, "batch_stats": teacher.batch_stats},
-                )
-            )
         distiller = learn(recipe.distiller_optimiser, state.distiller, gradients["distiller"], {})
         new = DistillState(state.step, student, teacher, distiller)
         finite = _finite((new, metrics))
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        if recipe.snapshots:
+            now = jnp.isin(state.step + 1, jnp.array(recipe.snapshots))
+            copied = jax.tree.map(
+                lambda new, old: jnp.where(now, new, old),
+                new.student.variables,
+                new.teacher.variables,
+            )
+            new = new.replace(teacher=new.teacher.replace(**copied))
         return new.replace(step=state.step + 1), {**metrics, "finite": finite}
 
     return update

@@ -151,14 +151,16 @@ def test_a_step_directory_that_is_empty_is_set_aside(saved, tmp_path):
         assert checkpoints.steps()[-1] == 12
 
 
-def test_where_all_are_damaged_there_is_none_and_nothing_is_deleted(saved, tmp_path):
+def test_where_all_are_damaged_the_run_is_refused_and_nothing_is_moved(saved, tmp_path):
     run_dir = shutil.copytree(saved, tmp_path / "run")
     for step in (5, 9):
         for path in files_of(run_dir, step):
             truncate(path)
-    with opened(run_dir) as checkpoints, pytest.warns(UserWarning, match="damaged"):
-        assert checkpoints.newest() is None
-    assert {p.name for p in (run_dir / "damaged").iterdir()} == {"5", "9"}
+    with opened(run_dir) as checkpoints:
+        with pytest.raises(UserError, match=r"no checkpoint .* is intact \(step 9: .*--workdir"):
+            checkpoints.newest()
+        assert checkpoints.steps() == [5, 9]
+    assert not (run_dir / "damaged").exists()
 
 
 def test_the_latest_two_and_the_best_are_kept(tmp_path):

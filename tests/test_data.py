@@ -255,7 +255,9 @@ def test_a_damaged_record_is_left_out_with_a_warning_up_to_the_limit(prepared):
     path.write_bytes(content)
     with pytest.warns(UserWarning, match="example 1 .* cannot be read .*1 of at most 1 left out"):
         source = data.build_source("train", data.Damage(1), name="cifar10", data_dir=str(root))
-    np.testing.assert_array_equal(source.arrays()[0], images[[0, 2, 3, 4]])
+    np.testing.assert_array_equal(source.arrays()[0], images[[0, 2, 2, 3, 4]])
+    (batch,) = data.eval_batches(source, batch_size=5, num_devices=1)
+    np.testing.assert_array_equal(batch["mask"], [[1, 0, 1, 1, 1]])
     with pytest.raises(UserError, match=r"config.max_damaged=0 allows none"):
         data.build_source("train", name="cifar10", data_dir=str(root))
 

@@ -91,7 +91,7 @@ def build_source(
 
 
 def _in_memory(source: Source, damage: Damage) -> ArraySource:
-    """All of `source` that can be read, as arrays."""
+    """All of `source`, as arrays; the next example stands in for one that cannot be read."""
     count, block = len(source), 512
     images, labels = np.empty((count, *source.image_shape), np.uint8), np.empty(count, np.int32)
     unreadable: dict[int, str] = {}
@@ -108,9 +108,20 @@ def _in_memory(source: Source, damage: Damage) -> ArraySource:
 
     with ThreadPoolExecutor() as pool:
         list(pool.map(fill, range(0, count, block)))
-    for index in sorted(unreadable):
-        damage.note(source, index, unreadable[index])
-    kept = np.setdiff1d(np.arange(count), list(unreadable)) if unreadable else slice(None)
+    for index, reason in sorted(unreadable.items()):
+        damage.note(source, index, reason)
+    readable = np.setdiff1d(np.arange(count), list(unreadable))
+    if not readable.size:
+        raise names.UserError(f"none of the data set's {count} examples can be read: mend it")
+    for index in unreadable:
+        other = readable[np.searchsorted(readable, index) % readable.size]
+        images[index], labels[index] = images[other], labels[other]
     return ArraySource(
-        images[kept], labels[kept], source.num_classes, source.mean, source.std, source.augmentation
+        images,
+        labels,
+        source.num_classes,
+        source.mean,
+        source.std,
+        source.augmentation,
+        tuple(unreadable),
     )

@@ -7,7 +7,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
-    """uint8 images `[n, height, width, channels]` and int32 labels `[n]` as a `data.Source`."""
+    """uint8 images `[n, height, width, channels]` and int32 labels `[n]` as a `data.Source`.
+
+    At the indices in `unreadable`, other examples stand in.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -15,6 +18,7 @@ class ArraySource:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augmentation: str = "none"
+    unreadable: tuple[int, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

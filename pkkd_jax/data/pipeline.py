@@ -5,9 +5,11 @@ Everything is a function of seed, step and global position: there is nothing to 
 
 import functools
 import math
+import multiprocessing
 import os
 import re
 import signal
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -69,7 +71,8 @@ class Damage:
     """
 
     def __init__(self, limit: int = 0):
-        self.limit, self.found = limit, set()
+        self.limit = limit
+        self.found: dict[tuple[int, int], object] = {}  # keeps the sources, and their ids, alive
 
     def note(self, source, index: int, reason: str = "") -> None:
         """Counts an example, with a warning at its first time.
@@ -79,7 +82,7 @@ class Damage:
         """
         if (id(source), index) in self.found:
             return
-        self.found.add((id(source), index))
+        self.found[id(source), index] = source
         if not reason:
             try:
                 example(source, index)
@@ -173,11 +176,20 @@ class _Load:
         return np.asarray(image).reshape(shape), found["label"]
 
 
-def _ignore_signals(index: int, count: int) -> None:
-    """Leaves Ctrl-C, which a terminal sends to every process, to the one that saves the run."""
+def _live_with_parent(index: int, count: int) -> None:
+    """Makes a process end with its parent, however that ends, and not before.
+
+    Ctrl-C, which a terminal sends to every process, is left to the one that saves the run.
+    """
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def _stream(load: _Load, rows: np.ndarray, workers: int) -> Iterator[Batch]:
@@ -195,7 +207,7 @@ def _stream(load: _Load, rows: np.ndarray, workers: int) -> Iterator[Batch]:
     iterable = dataset.to_iter_dataset(options)
     if workers:
         iterable = iterable.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_ignore_signals
+            grain.MultiprocessingOptions(num_workers=workers), worker_init_fn=_live_with_parent
         )
     return iter(iterable)
 
@@ -212,7 +224,7 @@ def _batches(source, positions, seed, workers, damage) -> Iterator[tuple[np.ndar
             yield (
                 np.take(images, indices, axis=0),
                 np.take(labels, indices),
-                np.full(row.shape, True),
+                ~np.isin(indices, getattr(source, "unreadable", ())),
             )
         return
     rows = np.stack([row.ravel() for row in positions])
@@ -223,6 +235,8 @@ def _batches(source, positions, seed, workers, damage) -> Iterator[tuple[np.ndar
             image, label, unreadable = batch["image"], batch["label"], batch["unreadable"]
             for index in unreadable[unreadable >= 0]:
                 damage.note(source, int(index))
+            if (unreadable[:, -1] >= 0).any():
+                raise UserError("none of the data set's examples can be read: mend it")
             readable = (unreadable[:, 0] < 0).reshape(shape)
             yield image.reshape(*shape, *image.shape[1:]), label.reshape(shape), readable
     except RuntimeError as error:
