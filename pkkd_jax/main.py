@@ -11,6 +11,7 @@ import shutil
 import sys
 import traceback
 import warnings
+from logging import CRITICAL, getLogger
 from pathlib import Path
 
 # Before JAX starts: its CPU client's notices are not for users.
@@ -162,7 +163,9 @@ def _print_warning(message, category, filename, lineno, file=None, line=None) ->
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     argv = sys.argv if argv is None else argv
-    logging.set_verbosity(logging.FATAL)  # what libraries log as errors, they also raise
+    # What libraries log as errors, they also raise.
+    logging.set_verbosity(logging.FATAL)
+    getLogger("asyncio").setLevel(CRITICAL)
     warnings.showwarning = _print_warning
     workdir, shown, agreed = None, [], False
 

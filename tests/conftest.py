@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from logging import CRITICAL, getLogger
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
@@ -12,10 +13,15 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 
 import jax
 import pytest
+from absl import logging
 from trainings import start
 
 from pkkd_jax.names import UserError
 from pkkd_jax.ops import cpu, primitive
+
+# Python 3.11 may fail where two threads format tracebacks at once: Orbax's do, of what is damaged.
+logging.set_verbosity(logging.FATAL)
+getLogger("asyncio").setLevel(CRITICAL)
 
 
 def pytest_unconfigure():

@@ -224,10 +224,13 @@ def test_a_disk_that_fills_up_in_mid_save_loses_no_older_checkpoint(small_disk, 
         checkpoints.save(state(1))
         checkpoints.wait()
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: NoLimit)
-    checkpoints = checkpoint.Checkpoints(run_dir)
-    checkpoints.save(state(2, 20))
+
+    def fill():
+        with opened(run_dir) as checkpoints:
+            checkpoints.save(state(2, 20))
+
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.close()
+        fill()
     with opened(run_dir) as checkpoints:
         assert_is_state(checkpoints.newest())
         assert checkpoints.steps() == [1]
