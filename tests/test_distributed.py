@@ -18,12 +18,13 @@ from pkkd_jax import distributed, main
 STEPS = 20
 RUN = [
     f"--config.steps={STEPS}",
+    "--config.student.conv=conv",
     "--config.batch_size=32",
     "--config.optim.learning_rate=0.001",
     "--config.eval.recalibrate_batches=2",
     "--config.checkpoint_every_s=0",
 ]
-RESNET = [f"--config={QUICKSTART}", "--config.student.conv=conv", *RUN]
+RESNET = [f"--config={QUICKSTART}", *RUN]
 # Compiles in no time.
 SMALL = [f"--config={QUICKSTART}:distill=kd,student=mine.Net,teacher=mine.Net", *RUN]
 
