@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 import warnings
 import zlib
 from pathlib import Path
@@ -80,6 +79,8 @@ class Checkpoints:
             create=False,
             save_root_metadata=False,
             enable_async_checkpointing=True,
+            # Else threads would wait minutes for directories that cannot be made.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             multiprocessing_options=alone,
         )
         directory = self._run_dir / "checkpoints"
@@ -111,7 +112,11 @@ class Checkpoints:
         parts = {name: _flatten(getattr(state, name)) for name in PARTS if getattr(state, name)}
         parts = {name: part for name, part in parts.items() if part}
         self.wait()
-        self._require_space(sum(value.nbytes for part in parts.values() for value in part.values()))
+        size = sum(value.nbytes for part in parts.values() for value in part.values())
+        directory = str(self._manager.directory)
+        if shutil.disk_usage(directory).free < size + SPARE_BYTES:
+            # Found out while writing, it would leave a broken checkpoint.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
         sums = {name: {k: _checksum(v) for k, v in part.items()} for name, part in parts.items()}
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
         record = {"accuracy": accuracy, "crc32": sums}
@@ -119,16 +124,6 @@ class Checkpoints:
         self._note(step, accuracy)
         with _disk_errors():
             self._manager.save(step, args=ocp.args.Composite(**items))
-
-    def _require_space(self, size: int) -> None:
-        """Refuses early what Orbax finds out late, with a broken step or after minutes."""
-        directory = str(self._manager.directory)
-        try:
-            if shutil.disk_usage(directory).free < size + SPARE_BYTES:
-                raise OSError(errno.ENOSPC, "")
-            tempfile.TemporaryFile(dir=directory).close()
-        except OSError as error:
-            raise OSError(error.errno, os.strerror(error.errno), directory) from error
 
     def newest(self) -> tuple[int, dict[str, Flat]] | None:
         """The newest intact checkpoint, as its step and parts; None if nothing was saved.
@@ -251,13 +246,17 @@ def fill(template: DistillState, step: int, parts: dict[str, Flat]) -> DistillSt
 
 @contextlib.contextmanager
 def _disk_errors():
-    """Makes an OSError of what the library below Orbax says of a full disk in a ValueError."""
+    """Makes an OSError of what the library below Orbax says of the disk in a ValueError."""
     try:
         yield
     except ValueError as error:
-        if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
+        numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+        found = [number for number in numbers if os.strerror(number) in str(error)]
+        if "RESOURCE_EXHAUSTED" in str(error):
+            found.append(errno.ENOSPC)
+        if not found:
             raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        raise OSError(found[0], os.strerror(found[0])) from error
 
 
 def _fill(template, flat: dict[str, np.ndarray], name: str):
