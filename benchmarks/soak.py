@@ -95,7 +95,7 @@ def final(run_dir: Path) -> tuple[dict, dict]:
     """Arrays of the last checkpoint, and the test figures."""
     with contextlib.closing(checkpoint.Checkpoints(run_dir, read_only=True)) as checkpoints:
         step = checkpoints.steps()[-1]
-        parts = {name: checkpoints.read(step, name) for name in checkpoint.PARTS}
+        parts = checkpoints.read(step)
     arrays = {f"{name}/{key}": a for name, part in parts.items() for key, a in part.items()}
     results = json.loads((run_dir / "results.json").read_text())
     return arrays, {key: value for key, value in results.items() if key.startswith("test/")}

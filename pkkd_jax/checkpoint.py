@@ -21,6 +21,8 @@ from pkkd_jax.state import DistillState
 PARTS = ("student", "teacher", "distiller")
 RECORD = "record"  # of a checkpoint: its accuracy, and the CRC-32 of every array by part
 KEEP_LATEST = 2
+# Errors of the disk or of permissions, that a user can mend.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 # Errors of the system, which say nothing of what was saved.
 NOT_DAMAGE = (errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
 SPARE_BYTES = 2**20  # for a checkpoint's metadata
@@ -137,7 +139,7 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in reversed(self.steps()):
             try:
-                parts = {name: self.read(step, name) for name in PARTS}
+                parts = self.read(step)
             except Damaged as error:
                 damaged[step] = str(error)
                 continue
@@ -156,13 +158,16 @@ class Checkpoints:
             )
         return None
 
-    def read(self, step: int, name: str) -> Flat:
-        """One part of the checkpoint at `step`, flat and verified; `{}` if there is no such part.
+    def read(self, step: int) -> dict[str, Flat]:
+        """The parts of the checkpoint at `step`, flat and verified; `{}` for one that it lacks.
 
         Raises:
           Damaged: if it cannot be read, or an array is not what was saved.
         """
-        sums = self._record(step)["crc32"].get(name, {})
+        sums = self._record(step)["crc32"]
+        return {name: self._part(step, name, sums.get(name, {})) for name in PARTS}
+
+    def _part(self, step: int, name: str, sums: dict[str, int]) -> Flat:
         if not sums:
             return {}
         flat = dict(self._restore(step, name, ocp.args.StandardRestore()))
@@ -250,8 +255,7 @@ def _disk_errors():
     try:
         yield
     except ValueError as error:
-        numbers = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
-        found = [number for number in numbers if os.strerror(number) in str(error)]
+        found = [number for number in DISK_ERRORS if os.strerror(number) in str(error)]
         if "RESOURCE_EXHAUSTED" in str(error):
             found.append(errno.ENOSPC)
         if not found:
@@ -340,7 +344,7 @@ def _saved(run_dir: str | Path, step: str | int) -> tuple[int, dict[str, Flat]]:
             )
         for each in reversed(steps[: steps.index(chosen) + 1]):
             try:
-                return each, {name: checkpoints.read(each, name) for name in PARTS}
+                return each, checkpoints.read(each)
             except Damaged as error:
                 text = f"the checkpoint of step {each} in {str(run_dir)!r} is damaged ({error})"
                 if step != "last":

@@ -3,7 +3,6 @@
 python -m pkkd_jax.main --config=configs/NAME.py[:ARG] --workdir=DIR --config.any.leaf=value
 """
 
-import errno
 import os
 import re
 import runpy
@@ -20,10 +19,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from pkkd_jax import distributed, memory, names, train
+from pkkd_jax import checkpoint, distributed, memory, names, train
 from pkkd_jax.analysis import curves
 
-DISK_ERRORS = (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EPERM, errno.EDQUOT)
 USAGE = (
     "python -m pkkd_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.LEAF=VALUE]"
 )
@@ -196,7 +194,7 @@ def main(argv: list[str] | None = None) -> int:
     except names.UserError as error:
         message, status = f"error: {error}", 2
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        if isinstance(error, OSError) and error.errno in checkpoint.DISK_ERRORS:
             where = Path(error.filename or workdir)
             remedy = "free space or choose another --workdir"
             if not where.absolute().is_relative_to(workdir.absolute()):

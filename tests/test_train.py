@@ -135,7 +135,7 @@ def test_a_snapshot_run_keeps_two_networks_of_one_kind(tmp_path, capsys):
     assert "the student at the end of the cycle before, 3 cycles" in capsys.readouterr().out
     last, parts, _ = final(tmp_path / "run")  # of 12 steps, saved after 4, 8 and 12
     checkpoints = checkpoint.Checkpoints(tmp_path / "run")
-    before = checkpoints.read(last - 4, "student")
+    before = checkpoints.read(last - 4)["student"]
     checkpoints.close()
     for key, value in parts["teacher"].items():
         np.testing.assert_array_equal(before[key], value)

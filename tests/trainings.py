@@ -41,7 +41,7 @@ def final(workdir):
     """Parameters of all parts at the last step, and the test figures."""
     checkpoints = checkpoint.Checkpoints(workdir)
     step = checkpoints.steps()[-1]
-    parts = {name: checkpoints.read(step, name) for name in checkpoint.PARTS}
+    parts = checkpoints.read(step)
     checkpoints.close()
     results = json.loads((workdir / "results.json").read_text())
     return step, parts, {k: v for k, v in results.items() if k.startswith("test/")}
