@@ -158,13 +158,19 @@ def _print_warning(message, category, filename, lineno, file=None, line=None) ->
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def _print_unraisable(unraisable) -> None:
+    # Said by threads below Orbax whose save or restore has failed, which is raised besides.
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line and returns its exit status."""
     argv = sys.argv if argv is None else argv
     # What libraries log as errors, they also raise.
     logging.set_verbosity(logging.FATAL)
     getLogger("asyncio").setLevel(CRITICAL)
-    warnings.showwarning = _print_warning
+    warnings.showwarning, sys.unraisablehook = _print_warning, _print_unraisable
     workdir, shown, agreed = None, [], False
 
     def at_interval(figures):
