@@ -6,15 +6,19 @@ import jax
 import jax.numpy as jnp
 from jax.extend.backend import get_backend
 
-from pkkd_jax.ops import cpu, portable
+from pkkd_jax.ops import cpu, gpu, portable
 from pkkd_jax.ops import geometry as geometry_lib
 from pkkd_jax.ops.primitive import define, vary_together
 
 # Every lowering rule of the package; `None` serves each platform that has no line of its own. A
 # rule is `(operands..., geometry) -> array`, traced by JAX.
 RULES = {
-    "forward": {None: portable.forward, "cpu": cpu.forward},
-    "input_gradient": {None: portable.input_gradient, "cpu": cpu.input_gradient},
+    "forward": {None: portable.forward, "cpu": cpu.forward, "cuda": gpu.forward},
+    "input_gradient": {
+        None: portable.input_gradient,
+        "cpu": cpu.input_gradient,
+        "cuda": gpu.input_gradient,
+    },
     "weight_gradient": {None: portable.weight_gradient, "cpu": cpu.weight_gradient},
 }
 
@@ -25,7 +29,8 @@ def implementation(platform: str | None = None) -> str:
     """Names the implementation that `platform` uses: "portable" is plain JAX.
 
     On a CPU it is "avx512", "avx2" or "neon", the best that the processor runs, unless the
-    environment variable PKKD_JAX_ADDER names one of them or "portable" when it is first used.
+    environment variable PKKD_JAX_ADDER names one of them or "portable" when it is first used. On
+    an NVIDIA GPU it is "mosaic" if it is a Hopper and JAX new enough.
 
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu"; that of this process's default device if None.
@@ -37,10 +42,8 @@ def implementation(platform: str | None = None) -> str:
         if platform == "gpu":  # JAX's one name for two
             version = get_backend().platform_version.lower()
             platform = "rocm" if "rocm" in version else "cuda"
-    if platform == "cpu":
-        return cpu.selected()
-    rule = RULES["forward"].get(platform, RULES["forward"][None])
-    return rule.__module__.rpartition(".")[2]
+    chosen = {"cpu": cpu.selected, "cuda": gpu.selected}.get(platform)
+    return chosen() if chosen else "portable"
 
 
 def adder_conv(
