@@ -1,5 +1,6 @@
-"""The kernels for Hopper GPUs: interpreted against float64 loops, and lowered for an absent card."""
+"""The kernels for Hopper GPUs: interpreted against float64 loops, lowered for an absent card."""
 
+import functools
 import math
 import warnings
 
@@ -47,6 +48,20 @@ def test_kernels_equal_float64_loops(case, surrogate):
         np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max(), rtol=0)
 
 
+@pytest.mark.skipif(not INTERPRETS, reason="the interpreter needs JAX 0.12")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_as_exact_as_its_results_are_rounded(dtype):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    case = ((2, 5, 6, 20), (3, 3), 18, (2, 1), "SAME", (1, 1), 1)
+    x, w = (a.astype(dtype) for a in data(case[0], (3, 3, 20, 18)))
+    geometry = geometry_lib.resolve(x.shape, w.shape, (2, 1), "SAME", 1, 1, "hardtanh")
+    y = gpu.forward(x, w, geometry, plgpu.InterpretGPUParams())
+    expected, _, _ = reference_with_crop(x, w, None, (2, 1), pairs(case), (1, 1), 1)
+    # A difference and three additions are rounded; every term of a sum is of one sign.
+    np.testing.assert_allclose(y, expected, rtol=4 * float(jnp.finfo(dtype).eps) / 2)
+
+
 @pytest.mark.parametrize(
     ("name", "depth", "size"),
     [("resnet_cifar", 20, 32), ("resnet_imagenet", 18, 64), ("resnet_imagenet", 50, 64)],
@@ -82,7 +97,7 @@ def test_nothing_is_unfolded_in_memory(stride):
     geometry = geometry_lib.resolve(x.shape, w.shape, stride, "SAME", 1, 1, "hardtanh")
     dy = jnp.zeros(geometry.output_shape(x.shape, w.shape))
     for function, operands in ((gpu.forward, (x, w)), (gpu.input_gradient, (x, w, dy))):
-        jaxpr = jax.make_jaxpr(lambda *a: function(*a, geometry))(*operands)
+        jaxpr = jax.make_jaxpr(functools.partial(function, geometry=geometry))(*operands)
         largest = max(math.prod(shape) for shape in shapes_in(jaxpr.jaxpr))
         assert largest < 1.2 * max(x.size, dy.size)
 
