@@ -62,11 +62,11 @@ def test_half_precision_is_as_exact_as_its_results_are_rounded(dtype):
     np.testing.assert_allclose(y, expected, rtol=4 * float(jnp.finfo(dtype).eps) / 2)
 
 
-@pytest.mark.parametrize(
-    ("name", "depth", "size"),
-    [("resnet_cifar", 20, 32), ("resnet_imagenet", 18, 64), ("resnet_imagenet", 50, 64)],
-)
-def test_every_adder_layer_lowers_for_cuda(name, depth, size):
+NETWORKS = [("resnet_cifar", 20, 32), ("resnet_imagenet", 18, 64), ("resnet_imagenet", 50, 64)]
+
+
+def lowered_training(platform, name, depth, size):
+    """The text of a network's gradient lowered for `platform`, and its number of adder layers."""
     model = models.build(name, depth=depth, num_classes=10, conv="adder")
     images = jax.ShapeDtypeStruct((64, size, size, 3), jnp.float32)
     variables = jax.eval_shape(
@@ -78,16 +78,20 @@ def test_every_adder_layer_lowers_for_cuda(name, depth, size):
         return model.apply(variables, images, train=True, mutable="batch_stats")[0].logits.sum()
 
     arguments = variables["params"], variables["batch_stats"], images
-    lowered = jax.jit(jax.grad(loss)).trace(*arguments).lower(lowering_platforms=("cuda",))
-    text = lowered.as_text()
+    lowered = jax.jit(jax.grad(loss)).trace(*arguments).lower(lowering_platforms=(platform,))
     leaves = jax.tree_util.tree_leaves_with_path(variables["params"])
-    filters = [path for path, _ in leaves if "filters" in str(path)]
+    return lowered.as_text(), sum("filters" in str(path) for path, _ in leaves)
+
+
+@pytest.mark.parametrize(("name", "depth", "size"), NETWORKS)
+def test_every_adder_layer_lowers_for_cuda(name, depth, size):
+    text, layers = lowered_training("cuda", name, depth, size)
     if LOWERS:
         # Equal layers share a function. There is no loop: none took the portable form.
         assert "stablehlo.while" not in text
-        assert text.count("call @_gather") >= 2 * len(filters)
+        assert text.count("call @_gather") >= 2 * layers
     else:
-        assert text.count("stablehlo.while") >= 2 * len(filters)
+        assert text.count("stablehlo.while") >= 2 * layers
 
 
 @pytest.mark.skipif(not LOWERS, reason="the kernels need JAX 0.11.2")

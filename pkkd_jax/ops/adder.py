@@ -6,18 +6,24 @@ import jax
 import jax.numpy as jnp
 from jax.extend.backend import get_backend
 
-from pkkd_jax.ops import cpu, gpu, portable
+from pkkd_jax.ops import cpu, gpu, portable, tpu
 from pkkd_jax.ops import geometry as geometry_lib
 from pkkd_jax.ops.primitive import define, vary_together
 
 # Every lowering rule of the package; `None` serves each platform that has no line of its own. A
 # rule is `(operands..., geometry) -> array`, traced by JAX.
 RULES = {
-    "forward": {None: portable.forward, "cpu": cpu.forward, "cuda": gpu.forward},
+    "forward": {
+        None: portable.forward,
+        "cpu": cpu.forward,
+        "cuda": gpu.forward,
+        "tpu": tpu.forward,
+    },
     "input_gradient": {
         None: portable.input_gradient,
         "cpu": cpu.input_gradient,
         "cuda": gpu.input_gradient,
+        "tpu": tpu.input_gradient,
     },
     "weight_gradient": {None: portable.weight_gradient, "cpu": cpu.weight_gradient},
 }
@@ -30,7 +36,7 @@ def implementation(platform: str | None = None) -> str:
 
     On a CPU it is "avx512", "avx2" or "neon", the best that the processor runs, unless the
     environment variable PKKD_JAX_ADDER names one of them or "portable" when it is first used. On
-    an NVIDIA GPU it is "mosaic" if it is a Hopper and JAX new enough.
+    an NVIDIA GPU it is "mosaic" if it is a Hopper and JAX new enough, on a TPU "pallas".
 
     Args:
       platform: "cpu", "cuda", "rocm" or "tpu"; that of this process's default device if None.
@@ -42,8 +48,8 @@ def implementation(platform: str | None = None) -> str:
         if platform == "gpu":  # JAX's one name for two
             version = get_backend().platform_version.lower()
             platform = "rocm" if "rocm" in version else "cuda"
-    chosen = {"cpu": cpu.selected, "cuda": gpu.selected}.get(platform)
-    return chosen() if chosen else "portable"
+    chosen = {"cpu": cpu.selected, "cuda": gpu.selected, "tpu": lambda: "pallas"}
+    return chosen.get(platform, lambda: "portable")()
 
 
 def adder_conv(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pkkd_jax.ops import portable
+from pkkd_jax.ops import gather, portable
 from pkkd_jax.ops.geometry import Geometry, Pair
 
 # Mosaic GPU is supported from this version of JAX on, and its kernels are for this architecture.
@@ -55,58 +55,22 @@ def selected() -> str:
 def forward(x: jax.Array, w: jax.Array, geometry: Geometry, interpret: Any = None) -> jax.Array:
     """`portable.forward`; `interpret` is that of `plgpu.kernel`."""
     shape = geometry.output_shape(x.shape, w.shape)
-    if geometry.groups != 1 or 0 in (*shape, *w.shape) or selected() == "portable":
+    if geometry.groups != 1 or gather.empty(x, w) or 0 in shape or selected() == "portable":
         return portable.forward(x, w, geometry)
     dtype = jnp.promote_types(x.dtype, w.dtype)
-    x = portable.pad_or_crop(x.astype(dtype), *geometry.padding)
-    return _gather(
-        x, w.astype(dtype), None, geometry.strides, geometry.dilation, shape[1:3], interpret
-    )
+    kernel = functools.partial(_gather, interpret=interpret)
+    return gather.forward(x.astype(dtype), w.astype(dtype), geometry, kernel)
 
 
 def input_gradient(
     x: jax.Array, w: jax.Array, dy: jax.Array, geometry: Geometry, interpret: Any = None
 ) -> jax.Array:
     """`portable.input_gradient`; `interpret` is that of `plgpu.kernel`."""
-    if geometry.groups != 1 or 0 in x.shape or 0 in dy.shape or selected() == "portable":
+    if geometry.groups != 1 or gather.empty(x, w, dy) or selected() == "portable":
         return portable.input_gradient(x, w, dy, geometry)
     x, w, dy = (a.astype(jnp.float32) for a in (x, w, dy))
-    if geometry.input_gradient == "full":  # linear: sum dy * w - x * sum dy
-        ones = jnp.ones((*w.shape[:2], 1, w.shape[3]), jnp.float32)
-        products, sums = (
-            portable.product_input_gradient(
-                kernel, dy, geometry, None, (*x.shape[:3], kernel.shape[2])
-            )
-            for kernel in (w, ones)
-        )
-        return products - x * sums
-    # clip(w - x, -1, 1) = 2 sat(w / 2 + 1/2 - x / 2) - 1, of which the kernel computes sat, one
-    # instruction. The sign is such a line too, but of the exact difference.
-    if geometry.input_gradient == "hardtanh":
-        x, w = x / 2, w / 2 + 0.5
-
-    def gradient(place, padded, us, vs, rows, columns):
-        # The last tap sees the first pixels: in reverse, it is a convolution of dy.
-        taps = w[us[0] : us[-1] + 1 : _step(us), vs[0] : vs[-1] + 1 : _step(vs)]
-        taps = taps[::-1, ::-1].transpose(0, 1, 3, 2)
-        padded = padded[:, rows[-1] :, columns[-1] :]
-        dilation = -_step(rows), -_step(columns)
-        return _gather(
-            padded,
-            taps,
-            place,
-            (1, 1),
-            dilation,
-            place.shape[1:3],
-            interpret,
-            geometry.input_gradient,
-        )
-
-    return portable.by_phase(x, w.shape[:2], dy, geometry, gradient)
-
-
-def _step(numbers: list[int]) -> int:
-    return numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    kernel = functools.partial(_gather, interpret=interpret)
+    return gather.input_gradient(x, w, dy, geometry, kernel)
 
 
 @functools.partial(
@@ -119,22 +83,10 @@ def _gather(
     strides: Pair,
     dilation: Pair,
     size: Pair,
-    interpret: Any = None,
-    surrogate: str = "",
+    surrogate: str,
+    interpret: Any,
 ) -> jax.Array:
-    """Sums over taps and channels: `-|v - w|`, or with `x` what dy = v brings to its gradient.
-
-    Args:
-      v: `[batch, height, width, k]`, padded so that each tap of each place exists.
-      w: `[kh, kw, k, c]`.
-      x: `[batch, *size, c]`, or None.
-      strides, dilation: as of a convolution.
-      size: rows and columns of the result.
-      interpret: of `plgpu.kernel`.
-      surrogate: with `x`, "hardtanh" (of scaled operands) or "sign".
-    Returns:
-      `[batch, *size, c]`, float32.
-    """
+    """A `gather.Gather`; `interpret` is that of `plgpu.kernel`."""
     from pkkd_jax.ops import mosaic
 
     n, (kh, kw, k, c), (ho, wo) = v.shape[0], w.shape, size
@@ -143,6 +95,9 @@ def _gather(
     grid = ho, math.ceil(wo * n / tile[0]), math.ceil(c / tile[1])
     places, channels = grid[1] * tile[0], grid[2] * tile[1]
 
+    if surrogate == "hardtanh":
+        # clip(w - x, -1, 1) = 2 sat(w / 2 + 1/2 - x / 2) - 1, and sat is one instruction.
+        x, w = x / 2, w / 2 + 0.5
     # Channels beyond the last are zero in both operands and bring nothing.
     more = math.ceil(k / block) * block - k
     w = jnp.pad(w, ((0, 0), (0, 0), (0, more), (0, channels - c)))

@@ -73,7 +73,7 @@ def gather(
       grid: rows of the result, and tiles along its places and its channels.
       offset: `tap -> (row, phase, place)` in `v` of what the first place sees through it.
       stride: rows of `v` from one row of the result to the next.
-      surrogate: with `x`, "hardtanh" (of scaled operands) or "sign".
+      surrogate: with `x`, "hardtanh" (of operands that are scaled for `sat`) or "sign".
       interpret: of `plgpu.kernel`.
     Returns:
       `[rows, places, c]`, float32.

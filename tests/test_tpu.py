@@ -1,0 +1,61 @@
+"""The kernel for TPUs: interpreted against float64 loops, and lowered for an absent one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_adder import CASES, data, pairs, reference_with_crop
+from test_gpu import NETWORKS, lowered_training
+
+from pkkd_jax.ops import geometry as geometry_lib
+from pkkd_jax.ops import tpu
+
+# Several tiles along places and channels, and several blocks of terms.
+LARGER = [
+    ((3, 3, 11, 131), (2, 2), 70, (1, 1), "SAME", (1, 1), 1),
+    ((130, 3, 5, 9), (3, 2), 18, (1, 2), "SAME", (1, 1), 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("case", "surrogate"),
+    [(case, "hardtanh") for case in [*CASES, *LARGER] if case[6] == 1]
+    + [(CASES[i], surrogate) for i in (1, 3) for surrogate in ("sign", "full")],
+    ids=str,
+)
+def test_kernel_equals_float64_loops(case, surrogate):
+    shape, taps, c_out, strides, padding, dilation, _ = case
+    x, w = data(shape, (*taps, shape[3], c_out))
+    geometry = geometry_lib.resolve(shape, w.shape, strides, padding, dilation, 1, surrogate)
+    dy = jax.random.normal(jax.random.key(2), geometry.output_shape(shape, w.shape))
+    found = (
+        tpu.forward(x, w, geometry, interpret=True),
+        tpu.input_gradient(x, w, dy, geometry, interpret=True),
+    )
+    expected = reference_with_crop(x, w, dy, strides, pairs(case), dilation, 1, surrogate)
+    for ours, theirs in zip(found, expected, strict=False):
+        np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("name", "depth", "size"), NETWORKS)
+def test_every_adder_layer_lowers_for_tpu(name, depth, size):
+    text, layers = lowered_training("tpu", name, depth, size)
+    assert "stablehlo.while" not in text
+    assert text.count("call @_gather") >= 2 * layers
+
+
+@pytest.mark.parametrize(
+    ("shape", "taps"),
+    [
+        ((8, 8, 8, 16), 3),  # of the lanes that a batch is padded to, few would be used
+        ((128, 8, 8, 4096), 5),  # more than the memory beside the vector unit holds
+    ],
+)
+def test_plain_jax_serves_what_the_kernel_would_not_speed_up_or_hold(shape, taps):
+    x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in (shape, (taps, taps, shape[3], shape[3])))
+    geometry = geometry_lib.resolve(x.shape, w.shape, 1, "SAME", 1, 1, "hardtanh")
+    for function, operands in ((tpu.forward, (x, w)), (tpu.input_gradient, (x, w, x))):
+        jaxpr = jax.make_jaxpr(functools.partial(function, geometry=geometry))(*operands)
+        assert "pallas_call" not in str(jaxpr)
