@@ -1,0 +1,86 @@
+"""Rates of the kernels for Hopper GPUs by tile: the table `TILES` of `pkkd_jax/ops/mosaic.py`.
+
+python benchmarks/tune_gpu.py [--json FILE]     (on an H100 or H200)
+
+Each tile computes a layer of as many channels as it has, 28 x 28 pixels of 256 images, so that it
+fills the card. Times are those of the kernels alone, from JAX's profiler.
+"""
+
+import argparse
+import functools
+import glob
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+from pkkd_jax.ops import geometry as geometry_lib
+from pkkd_jax.ops import gpu, mosaic
+
+BATCH, SIZE, TAPS, CALLS = 256, 28, 3, 10
+LIMIT = 132 * 128 * 1.98e9 / 2  # terms a second: processors, lanes, clock, two instructions each
+
+
+def kernel_seconds(function) -> float:
+    """Seconds that the adder kernels of one call take on the device."""
+    jax.block_until_ready(function())
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(CALLS):
+                result = function()
+            jax.block_until_ready(result)
+        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        planes = jax.profiler.ProfileData.from_file(path).planes
+        nanoseconds = sum(
+            event.duration_ns
+            for plane in planes
+            if "GPU" in plane.name
+            for line in plane.lines
+            if "tream" in line.name
+            for event in line.events
+            if "mosaic" in event.name
+        )
+    return nanoseconds / CALLS / 1e9
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", help="file for all figures")
+    arguments = parser.parse_args()
+    if jax.default_backend() != "gpu" or gpu.selected() != "mosaic":
+        sys.exit(f"error: no Hopper GPU here, but {jax.devices()[0].device_kind}: run it on one")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; limit {LIMIT / 1e12:.1f} T/s")
+    rates = {}
+    for tile in list(mosaic.TILES):
+        mosaic.TILES = {tile: (1.0, 1.0)}  # so that it is chosen
+        jax.clear_caches()
+        channels = tile[1]
+        shape = (BATCH, SIZE, SIZE, channels)
+        keys = jax.random.split(jax.random.key(0), 3)
+        x, dy = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], shape)
+        w = jax.random.normal(keys[2], (TAPS, TAPS, channels, channels))
+        geometry = geometry_lib.resolve(shape, w.shape, 1, "SAME", 1, 1, "hardtanh")
+        terms = x.size * TAPS * TAPS * channels
+        pair = []
+        for rule, operands in ((gpu.forward, (x, w)), (gpu.input_gradient, (x, w, dy))):
+            compiled = (
+                jax.jit(functools.partial(rule, geometry=geometry)).lower(*operands).compile()
+            )
+            seconds = kernel_seconds(functools.partial(compiled, *operands))
+            pair.append(terms / seconds)
+        rates[tile] = pair
+        print(
+            f"    {tile}: ({pair[0] / 1e12:.2f}, {pair[1] / 1e12:.2f}),"
+            f"  # {pair[0] / LIMIT:.0%} and {pair[1] / LIMIT:.0%} of the limit",
+            flush=True,
+        )
+    if arguments.json:
+        table = {str(tile): pair for tile, pair in rates.items()}
+        Path(arguments.json).write_text(json.dumps(table, indent=1))
+
+
+if __name__ == "__main__":
+    main()
