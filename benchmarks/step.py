@@ -22,7 +22,7 @@ TURNS, WARM_UP, STEPS = 3, 3, 12
 CASES = (
     "ANN",
     "CNN",  # its convolutional twin, with this package's convolution
-    "CNN, XLA",  # the same with XLA's own
+    "CNN, XLA",  # the same with XLA's own; no other on a GPU
     "KD",  # teacher and student
     "PKKD",  # with the taps of the configuration
     "PKKD, 3x3",  # at every 3x3 layer
@@ -116,17 +116,36 @@ def torch_step(depth: int, batch_size: int, channels_last: bool):
     head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10, bias=False)]
     model = nn.Sequential(layer(3, 16, 3), nn.ReLU(), *blocks, *head, nn.BatchNorm1d(10))
     layout = torch.channels_last if channels_last else torch.contiguous_format
-    model = model.to(memory_format=layout)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device, memory_format=layout)
     optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
-    images = torch.randn(batch_size, 3, 32, 32).to(memory_format=layout)
-    labels = torch.randint(10, (batch_size,))
+    images = torch.randn(batch_size, 3, 32, 32, device=device).to(memory_format=layout)
+    labels = torch.randint(10, (batch_size,), device=device)
 
     def step():
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(model(images), labels).backward()
         optimiser.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     return step
+
+
+def peak_mb(of_torch: bool) -> float:
+    """Peak memory so far: of the device if it has its own, else of this process."""
+    if of_torch:
+        import torch
+
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_allocated() / 1e6
+    else:
+        import jax
+
+        if figures := jax.devices()[0].memory_stats():
+            return figures["peak_bytes_in_use"] / 1e6
+    unit = 1e6 if sys.platform == "darwin" else 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def measure(case: str, depth: int, batch_size: int) -> dict:
@@ -139,11 +158,11 @@ def measure(case: str, depth: int, batch_size: int) -> dict:
         import jax
 
         from pkkd_jax import memory
+        from pkkd_jax.ops import adder
 
         memory.keep()  # as a training does
         jax.devices()
-    unit = 1e6 if sys.platform == "darwin" else 1e3
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    before = peak_mb(case.startswith(PEER))
     step, seconds = make(), []
     for _ in range(WARM_UP):
         step()
@@ -154,14 +173,17 @@ def measure(case: str, depth: int, batch_size: int) -> dict:
         begin = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - begin)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return {"seconds": seconds, "before_mb": before, "peak_mb": peak}
+    found = {"seconds": seconds, "before_mb": before, "peak_mb": peak_mb(case.startswith(PEER))}
+    if not case.startswith(PEER):
+        found["where"] = f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+        found["where"] += f", adder op: {adder.implementation()}"
+    return found
 
 
 def in_process(case: str, depth: int, batch_size: int) -> dict:
-    """`measure` in a new process, one device in all."""
+    """`measure` in a new process, on its default device."""
     command = [sys.executable, __file__, "--case", case, "--depth", str(depth)]
-    environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu")
+    environment = dict(os.environ, XLA_FLAGS="")  # which may split a CPU into devices
     if case == "CNN, XLA":
         environment["PKKD_JAX_ADDER"] = "portable"
     text = subprocess.run(
@@ -221,12 +243,6 @@ def main() -> None:
     if arguments.case:
         print(json.dumps(measure(arguments.case, depth, batch_size)))
         return
-    import jax
-
-    from pkkd_jax.ops import adder
-
-    print(f"ResNet-{depth}, batch {batch_size}, {os.cpu_count()} cores, jax {jax.__version__},"
-          f" adder op: {adder.implementation('cpu')}")  # fmt: skip
     cases = list(CASES)
     if arguments.methods:
         cases += [f"{case}{FIXED}" for case in ("KD", "PKKD")]
@@ -244,12 +260,14 @@ def main() -> None:
         c: statistics.median(s for r in runs for s in r["seconds"]) for c, runs in found.items()
     }
     memory = {c: statistics.median(r["peak_mb"] for r in runs) for c, runs in found.items()}
-    print(f"\na process without a step: {found['ANN'][0]['before_mb']:.0f} MB")
-    print(f"{'':>28} {'s/step':>8} {'of ANN':>7} {'img/s':>7} {'peak MB':>8}")
+    print(f"ResNet-{depth}, batch {batch_size}, {os.cpu_count()} cores, {found['ANN'][0]['where']}")
+    print(f"a process without a step: {found['ANN'][0]['before_mb']:.0f} MB")
+    print(f"{'':>28} {'ms/step':>8} {'of ANN':>7} {'img/s':>7} {'peak MB':>8}")
     for case in cases:
         rate = batch_size / seconds[case]
         share = seconds[case] / seconds["ANN"]
-        print(f"{case:>28} {seconds[case]:>8.3f} {share:>7.2f} {rate:>7.0f} {memory[case]:>8.0f}")
+        ms = 1e3 * seconds[case]
+        print(f"{case:>28} {ms:>8.1f} {share:>7.2f} {rate:>7.0f} {memory[case]:>8.0f}")
     ratios = {
         "PKKD / (ANN + CNN)": seconds["PKKD"] / (seconds["ANN"] + seconds["CNN"]),
         "PKKD / KD": seconds["PKKD"] / seconds["KD"],

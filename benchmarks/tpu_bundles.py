@@ -68,13 +68,16 @@ def measure(folder: str, chip: str, layer, which: str) -> dict:
     function = tpu.forward if forward else tpu.input_gradient
     operands = (x, w) if forward else (x, w, dy)
     jax.jit(lambda *a: function(*a, geometry)).lower(*operands).compile()
-    kernel = max(
-        (p for p in Path(folder).glob("*-final_bundles.txt") if "schedule-analysis" not in p.name),
-        key=lambda path: path.stat().st_size,
+    (kernel,) = (
+        path
+        for path in Path(folder).glob(f"*-{tpu.NAME}*-final_bundles.txt")
+        if "schedule-analysis" not in path.name
     )
     inner, outer = bundles(kernel.read_text())
-    place, terms, result = (dy, c_in, c_out) if forward else (x, c_out, c_in)
-    tiling = tpu.tiling(place.shape[2] * n, terms, result, not forward)
+    terms, channels = (c_in, c_out) if forward else (c_out, c_in)
+    strides, columns = (geometry.strides, dy.shape[2]) if forward else ((1, 1), size)
+    seen = (taps, taps, terms, channels), columns, n, strides, (1, 1), not forward
+    tiling = tpu.tiling(*seen)
     steps = taps * math.ceil(terms / tiling.block)
     executed = inner * steps + outer
     registers = tiling.rows * tiling.width // (tpu.SUBLANES * tpu.LANES)

@@ -18,18 +18,17 @@ from jax import lax
 from pkkd_jax.ops import gather, portable
 from pkkd_jax.ops.geometry import Geometry, Pair
 
+NAME = "adder_gather"  # of the kernel, in dumps and profiles
 LANES, SUBLANES = 128, 8
 LEAST_BATCH = LANES // 2  # of a device: below, the padding costs more than the kernel gains
-VMEM = (
-    14 << 20
-)  # bytes that the blocks of an operation may take, of the 16 MiB there are by default
+VMEM = 14 << 20  # bytes for the blocks of a kernel, of the 16 MiB that there are by default
 UNROLLED = 128  # terms of an output without a loop
 
 
 def forward(x: jax.Array, w: jax.Array, geometry: Geometry, interpret: bool = False) -> jax.Array:
     """`portable.forward`; `interpret` is that of `pl.pallas_call`."""
     shape = geometry.output_shape(x.shape, w.shape)
-    if 0 in shape or not _serves(x, w, geometry, interpret):
+    if gather.empty(x, w) or 0 in shape or not _serves(w, shape, geometry, False, interpret):
         return portable.forward(x, w, geometry)
     x, w = (a.astype(jnp.float32) for a in (x, w))
     return gather.forward(x, w, geometry, functools.partial(_gather, interpret=interpret))
@@ -39,21 +38,25 @@ def input_gradient(
     x: jax.Array, w: jax.Array, dy: jax.Array, geometry: Geometry, interpret: bool = False
 ) -> jax.Array:
     """`portable.input_gradient`; `interpret` is that of `pl.pallas_call`."""
-    if gather.empty(dy) or not _serves(x, w, geometry, interpret):
+    if gather.empty(x, w, dy) or not _serves(w, x.shape, geometry, True, interpret):
         return portable.input_gradient(x, w, dy, geometry)
     x, w, dy = (a.astype(jnp.float32) for a in (x, w, dy))
     kernel = functools.partial(_gather, interpret=interpret)
     return gather.input_gradient(x, w, dy, geometry, kernel)
 
 
-def _serves(x, w, geometry: Geometry, interpret: bool) -> bool:
-    if geometry.groups != 1 or gather.empty(x, w) or (x.shape[0] < LEAST_BATCH and not interpret):
+def _serves(w, result, geometry: Geometry, gradient: bool, interpret: bool) -> bool:
+    """Whether the kernel for a result of that shape fits, and is worth it."""
+    if geometry.groups != 1 or (result[0] < LEAST_BATCH and not interpret):
         return False
-    # What a tile sees, twice since the next is fetched meanwhile; at least 512 lanes of it.
-    batch = _whole(x.shape[0], LANES)
-    lanes = 4 * LANES + (w.shape[1] - 1) * geometry.dilation[1] * batch
-    channels = _whole(max(w.shape[2:]), SUBLANES)
-    return 2 * 4 * w.shape[0] * channels * lanes <= VMEM
+    taps, channels, strides = w.shape[:2], w.shape[2:], geometry.strides
+    if gradient:  # whose phases have some of these taps, and no stride
+        channels, strides = channels[::-1], (1, 1)
+    batch = _whole(result[0], LANES)
+    return (
+        tiling((*taps, *channels), result[2], batch, strides, geometry.dilation, gradient)
+        is not None
+    )
 
 
 def _whole(size: int, unit: int) -> int:
@@ -68,14 +71,31 @@ class Tiling(NamedTuple):
     block: int
 
 
-def tiling(pixels: int, terms: int, channels: int, gradient: bool) -> Tiling:
-    """For rows of so many pixels, with so many terms a tap, and so many channels of the result."""
+def tiling(w_shape, columns: int, batch: int, strides: Pair, dilation: Pair, gradient: bool):
+    """The `Tiling` of a `gather.Gather`; None if none fits the memory beside the vector unit.
+
+    Args:
+      w_shape: of its filters.
+      columns: of its result.
+      batch: in whole registers.
+      strides, dilation: of it.
+      gradient: whether it has an input `x`.
+    """
+    kh, kw, terms, channels = w_shape
+    block = min(LANES, _whole(terms, SUBLANES))
     # A tile fills 32 registers, or 16 where there is an input beside it or where the fewer filters
     # need fewer broadcasts along lanes.
     rows = min(32 if gradient else 64, _whole(channels, SUBLANES))
-    registers = 32 if rows == 64 else 16
-    width = min(registers * SUBLANES // rows * LANES, pixels)
-    return Tiling(rows, width, min(LANES, _whole(terms, SUBLANES)))
+    width = min((32 if rows == 64 else 16) * SUBLANES // rows * LANES, columns * batch)
+    while width:
+        seen = width + (kw - 1) * dilation[1] // strides[1] * batch
+        floats = kh * strides[1] * _whole(terms, block) * seen
+        floats += kh * kw * math.ceil(terms / block) * rows * LANES
+        floats += (1 + gradient) * rows * width
+        if 2 * 4 * floats <= VMEM:  # twice: the next blocks are fetched meanwhile
+            return Tiling(rows, width, block)
+        width = width // 2 // LANES * LANES
+    return None
 
 
 @functools.partial(
@@ -96,7 +116,7 @@ def _gather(
 
     (kh, kw, k, c), (ho, wo) = w.shape, size
     images, n = v.shape[0], _whole(v.shape[0], LANES)
-    rows, width, block = tiling(wo * n, k, c, x is not None)
+    rows, width, block = tiling(w.shape, wo, n, strides, dilation, x is not None)
     blocks = math.ceil(k / block)
     steps = kw * blocks
     tiles = ho, math.ceil(wo * n / width), math.ceil(c / rows)
@@ -162,5 +182,6 @@ def _gather(
         out_specs=tile,
         out_shape=jax.typeof(v).update(shape=(ho, channels, places)),
         interpret=interpret,
+        name=NAME,
     )(*[v] * kh, w, *([] if x is None else [x]))
     return y[:, :c, : wo * n].reshape(ho, c, wo, n).transpose(3, 0, 2, 1)[:images]
