@@ -20,7 +20,9 @@ from pkkd_jax.ops import geometry as geometry_lib
 from pkkd_jax.ops import gpu, mosaic
 
 BATCH, SIZE, TAPS, CALLS = 256, 28, 3, 10
-LIMIT = 132 * 128 * 1.98e9 / 2  # terms a second: processors, lanes, clock, two instructions each
+LIMIT = (
+    mosaic.PROCESSORS * 128 * 1.98e9 / 2
+)  # terms a second: processors, lanes, clock, two instructions each
 
 
 def kernel_seconds(function) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import implementations
 from jax import export, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pkkd_jax.ops import adder, cpu, gpu
@@ -268,6 +268,22 @@ def test_lowers_for_one_absent_platform(platform):
     # Two images are too few for the kernel of TPUs.
     kernels = platform == "cuda" and gpu.selected() == "mosaic"
     assert ("mosaic_gpu" if kernels else "while") in text
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_plain_jax_serves_where_xla_splits_a_program_over_devices(platform):
+    mesh = Mesh(np.array(jax.devices()), ("i",))
+    x, w = (
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in (((64 * len(jax.devices()), 4, 4, 8), P("i")), ((3, 3, 8, 8), P()))
+    )
+    lower = {"lowering_platforms": (platform,)}
+    assert "while" in jax.jit(grads).trace(x, w).lower(**lower).as_text()
+    mapped = jax.shard_map(
+        lambda x, w: adder_conv(x, w), mesh=mesh, in_specs=(P("i"), P()), out_specs=P("i")
+    )
+    text = jax.jit(mapped).trace(x, w).lower(**lower).as_text()
+    assert ("while" in text) == (platform == "cuda" and gpu.selected() == "portable")
 
 
 def test_memory_is_of_the_order_of_input_plus_output():

@@ -114,6 +114,14 @@ def shapes_in(jaxpr):
             yield from shapes_in(equation.params["jaxpr"].jaxpr)
 
 
+def test_plain_jax_serves_more_rows_than_cuda_counts():
+    x, w = (jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 70000, 1, 8), (3, 3, 8, 8)))
+    geometry = geometry_lib.resolve(x.shape, w.shape, 1, "SAME", 1, 1, "hardtanh")
+    for function, operands in ((gpu.forward, (x, w)), (gpu.input_gradient, (x, w, x))):
+        jaxpr = jax.make_jaxpr(functools.partial(function, geometry=geometry))(*operands)
+        assert "_gather" not in str(jaxpr)
+
+
 def test_plain_jax_serves_where_the_kernels_cannot_and_says_so_once(monkeypatch):
     x, w = data((2, 5, 5, 3), (3, 3, 3, 4))
     geometry = geometry_lib.resolve(x.shape, w.shape, 1, "SAME", 1, 1, "hardtanh")

@@ -46,6 +46,18 @@ def test_every_adder_layer_lowers_for_tpu(name, depth, size):
     assert text.count("call @_gather") >= 2 * layers
 
 
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_tiles_fit_and_are_never_one_register_wide(stride, gradient):
+    # Wide layers of ResNets, a stage of single pixels, filters that leave no room for 512 lanes.
+    for channels, columns, taps in ((512, 7, 3), (2048, 7, 1), (512, 1, 3), (64, 56, 7)):
+        w_shape = (taps, taps, channels, channels)
+        found = tpu.tiling(w_shape, columns, 128, (stride, stride), (1, 1), gradient)
+        assert found.width % 256 == 0
+        assert channels % found.block == 0
+    assert tpu.tiling((5, 5, 4096, 4096), 8, 128, (1, 1), (1, 1), gradient) is None
+
+
 @pytest.mark.parametrize(
     ("shape", "taps"),
     [

@@ -83,7 +83,8 @@ def adder_conv(
       input_gradient: "hardtanh" as above; "sign" (the L1 derivative) or "full" (`w - x`, the
         derivative of half the squared L2 distance) for ablations.
     Returns:
-      `[batch, height', width', c_out]`, dtype of `x`, every value <= 0; sums are float32.
+      `[batch, height', width', c_out]`, dtype of `x`, every value <= 0; sums are float32, but on
+      Hopper GPUs of eight terms of half precision first.
     Raises:
       ValueError: if shapes or dtypes do not fit or an argument is out of range; the message prints
         them.

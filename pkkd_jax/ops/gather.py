@@ -42,7 +42,7 @@ def input_gradient(
         ones = jnp.ones((*w.shape[:2], 1, w.shape[3]), w.dtype)
         products, sums = (
             portable.product_input_gradient(
-                kernel, dy, geometry, None, (*x.shape[:3], kernel.shape[2])
+                kernel, dy, geometry, "highest", (*x.shape[:3], kernel.shape[2])
             )
             for kernel in (w, ones)
         )
@@ -50,10 +50,10 @@ def input_gradient(
 
     def gradient(place, padded, us, vs, rows, columns):
         # The last tap sees the first pixels: in reverse, it is a convolution of dy.
-        taps = w[us[0] : us[-1] + 1 : _step(us), vs[0] : vs[-1] + 1 : _step(vs)]
-        taps = taps[::-1, ::-1].transpose(0, 1, 3, 2)
+        # Tap by tap: a strided slice of filters stopped a compiler for TPUs.
+        taps = jnp.stack([jnp.stack([w[u, v].T for v in reversed(vs)]) for u in reversed(us)])
         padded = padded[:, rows[-1] :, columns[-1] :]
-        dilation = -_step(rows), -_step(columns)
+        dilation = _step(rows[::-1]), _step(columns[::-1])
         size = place.shape[1:3]
         return gather(padded, taps, place, (1, 1), dilation, size, geometry.input_gradient)
 

@@ -1,13 +1,14 @@
 """Adder convolution on Hopper GPUs: Mosaic GPU kernels of Pallas, or the portable form.
 
 Forward and input gradient are one kernel, `mosaic.gather`. For it pixels are laid out as
-`[channels, rows, columns * batch]`, so that the patches of a tile are contiguous wherever a tap
-moves them, and nothing is unfolded in memory; a column stride becomes stride 1 once columns are
-split by phase.
+`[channels, rows, phases of a stride, columns * batch]`, so that the patches of a tile are
+contiguous wherever a tap moves them, and nothing is unfolded in memory: split by phase, a stride
+is 1.
 
 Sums are float32. Forward, operands of half precision stay such and are added eight at a time in
 their own type, two in an instruction, whose error is of the order of the result's own rounding; in
-the input gradient they are cast.
+the input gradient they are cast. There a NaN in `x` or `w` counts as a difference of -1: it is the
+forward pass that shows it.
 """
 
 import functools
@@ -27,6 +28,7 @@ JAX_VERSION = (0, 11, 2)
 COMPUTE_CAPABILITY = "9.0"
 
 ALIGNMENT = 16  # bytes, of the strides of a copy
+GRID = 65535  # the most that CUDA counts in y and z
 
 
 @functools.cache
@@ -55,7 +57,7 @@ def selected() -> str:
 def forward(x: jax.Array, w: jax.Array, geometry: Geometry, interpret: Any = None) -> jax.Array:
     """`portable.forward`; `interpret` is that of `plgpu.kernel`."""
     shape = geometry.output_shape(x.shape, w.shape)
-    if geometry.groups != 1 or gather.empty(x, w) or 0 in shape or selected() == "portable":
+    if gather.empty(x, w) or 0 in shape or not _serves(shape, geometry):
         return portable.forward(x, w, geometry)
     dtype = jnp.promote_types(x.dtype, w.dtype)
     kernel = functools.partial(_gather, interpret=interpret)
@@ -66,11 +68,17 @@ def input_gradient(
     x: jax.Array, w: jax.Array, dy: jax.Array, geometry: Geometry, interpret: Any = None
 ) -> jax.Array:
     """`portable.input_gradient`; `interpret` is that of `plgpu.kernel`."""
-    if geometry.groups != 1 or gather.empty(x, w, dy) or selected() == "portable":
+    if gather.empty(x, w, dy) or not _serves(x.shape, geometry):
         return portable.input_gradient(x, w, dy, geometry)
     x, w, dy = (a.astype(jnp.float32) for a in (x, w, dy))
     kernel = functools.partial(_gather, interpret=interpret)
     return gather.input_gradient(x, w, dy, geometry, kernel)
+
+
+def _serves(result, geometry: Geometry) -> bool:
+    # Rows, and tiles of at least 64 of a row's places, are counted by a grid's y and z.
+    small = max(result[1], result[0] * result[2] // 64) < GRID
+    return geometry.groups == 1 and small and selected() == "mosaic"
 
 
 @functools.partial(

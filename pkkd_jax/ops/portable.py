@@ -5,6 +5,8 @@ the block. XLA fuses and vectorises such a body, and nothing larger than input p
 once. All three accumulate in float32.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -200,10 +202,12 @@ def product_weight_gradient(
 ) -> jax.Array:
     """`dw = sum over places of dy * x`, of `shape`."""
     if _is_matrix(geometry, shape[:2]):
-        # Image by image: as one product, small matrices of very long sums would leave a GPU idle.
-        each = jnp.einsum(
-            "nhwi,nhwo->nio", x, dy, precision=precision, preferred_element_type=jnp.float32
+        # Image by image where that takes no more than the operands: as one product, small matrices
+        # of very long sums would leave a GPU idle.
+        each = "n" if x.shape[0] * math.prod(shape) <= x.size + dy.size else ""
+        product = jnp.einsum(
+            f"nhwi,nhwo->{each}io", x, dy, precision=precision, preferred_element_type=jnp.float32
         )
-        return each.sum(0).reshape(shape)
+        return (product.sum(0) if each else product).reshape(shape)
     w = _zeros(shape, dy.dtype, dy)
     return jax.linear_transpose(lambda w: product_forward(x, w, geometry, precision), w)(dy)[0]

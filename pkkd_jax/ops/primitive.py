@@ -26,7 +26,8 @@ def define(name: str, rules: Mapping[str | None, Rule], aval: Callable, filters:
       name: what a jaxpr shows.
       rules: platform to `(*operands, **parameters) -> array`, traced by JAX. `None` serves each
         platform that has no line of its own, and every export: a custom kernel's call is not
-        stable enough to be stored.
+        stable enough to be stored. It serves accelerators too where XLA is to split a program over
+        devices by itself, which it cannot with a kernel.
       aval: abstract operands and parameters to the abstract result, whose dtype the rules' results
         are cast to.
       filters: index of the filters among the operands; -1 where they are the result.
@@ -43,10 +44,11 @@ def define(name: str, rules: Mapping[str | None, Rule], aval: Callable, filters:
 
     portable = cast(rules[None])
 
-    def stored_or(lowering):
+    def stored_or(lowering, platform):
         def choose(context, *operands, **parameters):
-            exporting = context.module_context.lowering_parameters.for_export
-            return (portable if exporting else lowering)(context, *operands, **parameters)
+            plain = context.module_context.lowering_parameters.for_export
+            plain |= platform != "cpu" and _partitioned(context.module_context.axis_context)
+            return (portable if plain else lowering)(context, *operands, **parameters)
 
         return choose
 
@@ -54,8 +56,19 @@ def define(name: str, rules: Mapping[str | None, Rule], aval: Callable, filters:
     primitive.def_impl(functools.partial(_evaluate, primitive))
     batching.primitive_batchers[primitive] = functools.partial(_batch, primitive, filters)
     for platform, rule in rules.items():
-        mlir.register_lowering(primitive, stored_or(cast(rule)), platform=platform)
+        mlir.register_lowering(primitive, stored_or(cast(rule), platform), platform=platform)
     return primitive
+
+
+def _partitioned(axis_context) -> bool:
+    """Whether XLA splits the program over devices, but for what shard_map does by hand."""
+    if hasattr(axis_context, "num_devices"):
+        return axis_context.num_devices != 1
+    manual = set(getattr(axis_context, "manual_axes", ()))
+    if not manual:
+        return False
+    mesh = axis_context.mesh
+    return manual | set(mesh.manual_axes) != set(mesh.axis_names)
 
 
 def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -2,9 +2,9 @@
 
 Filters lie along sublanes and images along lanes, so that a vector register is full whatever the
 number of channels is; for each term a pixel's row is broadcast along sublanes by the load, and a
-filter's column along lanes. Pixels are laid out as `[rows, channels, columns * batch]`, the batch
-padded to whole registers: what a tap sees of a tile is a slice that begins at a multiple of it. All
-is float32.
+filter's column along lanes. Pixels are laid out as `[rows, phases of a stride, channels, columns *
+batch]`, the batch padded to whole registers: what a tap sees of a tile is a slice that begins at a
+multiple of it. All is float32.
 """
 
 import functools
@@ -71,8 +71,10 @@ class Tiling(NamedTuple):
     block: int
 
 
-def tiling(w_shape, columns: int, batch: int, strides: Pair, dilation: Pair, gradient: bool):
-    """The `Tiling` of a `gather.Gather`; None if none fits the memory beside the vector unit.
+def tiling(
+    w_shape, columns: int, batch: int, strides: Pair, dilation: Pair, gradient: bool
+) -> Tiling | None:
+    """The tiling of a `gather.Gather`; None if none fits the memory beside the vector unit.
 
     Args:
       w_shape: of its filters.
@@ -82,20 +84,23 @@ def tiling(w_shape, columns: int, batch: int, strides: Pair, dilation: Pair, gra
       gradient: whether it has an input `x`.
     """
     kh, kw, terms, channels = w_shape
-    block = min(LANES, _whole(terms, SUBLANES))
-    # A tile fills 32 registers, or 16 where there is an input beside it or where the fewer filters
-    # need fewer broadcasts along lanes.
+    blocks = math.ceil(terms / LANES)
+    block = _whole(math.ceil(terms / blocks), SUBLANES)
     rows = min(32 if gradient else 64, _whole(channels, SUBLANES))
-    width = min((32 if rows == 64 else 16) * SUBLANES // rows * LANES, columns * batch)
-    while width:
+
+    def fits(width):
         seen = width + (kw - 1) * dilation[1] // strides[1] * batch
-        floats = kh * strides[1] * _whole(terms, block) * seen
-        floats += kh * kw * math.ceil(terms / block) * rows * LANES
+        floats = kh * strides[1] * blocks * block * seen
+        floats += kh * kw * blocks * rows * LANES
         floats += (1 + gradient) * rows * width
-        if 2 * 4 * floats <= VMEM:  # twice: the next blocks are fetched meanwhile
-            return Tiling(rows, width, block)
-        width = width // 2 // LANES * LANES
-    return None
+        return 2 * 4 * floats <= VMEM  # twice: the next blocks are fetched meanwhile
+
+    # A tile fills 32 registers, or 16 where there is an input beside it or where the fewer filters
+    # need fewer broadcasts along lanes; one register wide, its loads would not compile.
+    width = (32 if rows == 64 else 16) * SUBLANES // rows * LANES
+    while width > 2 * LANES and (width >= 2 * columns * batch or not fits(width)):
+        width //= 2
+    return Tiling(rows, width, block) if fits(width) else None
 
 
 @functools.partial(
