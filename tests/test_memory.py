@@ -8,7 +8,7 @@ import pytest
 from pkkd_jax import memory
 
 PROGRAM = """
-import resource, sys
+import resource, statistics, sys
 from pkkd_jax import memory
 if sys.argv[1] == "keep":
     memory.keep()
@@ -19,8 +19,9 @@ x = jnp.ones(1 << 24)
 def faults():
     step(x).block_until_ready()
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-faults(), faults()
-print(faults() - faults())
+counts = [faults() for _ in range(12)]
+changes = [after - before for before, after in zip(counts, counts[1:])]
+print(statistics.median(changes[1:]))  # now and then a call finds the heap otherwise divided
 """
 
 
@@ -28,7 +29,7 @@ print(faults() - faults())
 def test_a_step_faults_no_page_of_its_temporaries_in_again():
     def faults(word):
         command = [sys.executable, "-c", PROGRAM, word]
-        return -int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     assert faults("leave") > 10_000
     assert faults("keep") < 1_000
