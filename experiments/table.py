@@ -62,9 +62,9 @@ class Cells:
       data_dir: of prepared data sets; "" for the usual place.
     """
 
-    def __init__(self, out: Path, leaves: list[str], epochs: float, data_dir: str):
+    def __init__(self, out: Path, leaves: list[str], epochs: int, data_dir: str):
         self.out, self.data_dir = out, data_dir
-        self.leaves = [*leaves, *([f"--config.epochs={epochs:g}"] if epochs else [])]
+        self.leaves = [*leaves, *([f"--config.epochs={epochs}"] if epochs else [])]
 
     @property
     def schedule(self) -> str:
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m experiments.table", allow_abbrev=False)
     parser.add_argument("name", help="of a table in experiments/tables.toml")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each row")
-    parser.add_argument("--epochs", type=float, default=0, help="default: the configuration's")
+    parser.add_argument("--epochs", type=int, default=0, help="default: the configuration's")
     parser.add_argument("--data_dir", default="", help="of prepared data sets")
     parser.add_argument("--columns", default="", help="data sets, with commas between")
     parser.add_argument("--rows", default="", help="run some rows only, with semicolons between")
