@@ -24,28 +24,34 @@ LARGER = [
 ]
 
 
-@pytest.mark.skipif(not INTERPRETS, reason="the interpreter needs JAX 0.12")
-@pytest.mark.parametrize(
-    ("case", "surrogate"),
-    [(case, "hardtanh") for case in [*CASES, *LARGER] if case[6] == 1]
-    + [(CASES[i], surrogate) for i in (1, 3) for surrogate in ("sign", "full")],
-    ids=str,
-)
-def test_kernels_equal_float64_loops(case, surrogate):
-    from jax.experimental.pallas import mosaic_gpu as plgpu
+def with_surrogates(larger):
+    """Cases and surrogates for `assert_equals_float64_loops`, with `larger` shapes."""
+    return [(case, "hardtanh") for case in [*CASES, *larger] if case[6] == 1] + [
+        (CASES[i], surrogate) for i in (1, 3) for surrogate in ("sign", "full")
+    ]
 
+
+def assert_equals_float64_loops(rules, case, surrogate, interpret):
+    """Compares `forward` and `input_gradient` of the module `rules`, interpreted."""
     shape, taps, c_out, strides, padding, dilation, _ = case
     x, w = data(shape, (*taps, shape[3], c_out))
     geometry = geometry_lib.resolve(shape, w.shape, strides, padding, dilation, 1, surrogate)
     dy = jax.random.normal(jax.random.key(2), geometry.output_shape(shape, w.shape))
-    interpret = plgpu.InterpretGPUParams()
     found = (
-        gpu.forward(x, w, geometry, interpret),
-        gpu.input_gradient(x, w, dy, geometry, interpret),
+        rules.forward(x, w, geometry, interpret),
+        rules.input_gradient(x, w, dy, geometry, interpret),
     )
     expected = reference_with_crop(x, w, dy, strides, pairs(case), dilation, 1, surrogate)
     for ours, theirs in zip(found, expected, strict=False):
         np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.skipif(not INTERPRETS, reason="the interpreter needs JAX 0.12")
+@pytest.mark.parametrize(("case", "surrogate"), with_surrogates(LARGER), ids=str)
+def test_kernels_equal_float64_loops(case, surrogate):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    assert_equals_float64_loops(gpu, case, surrogate, plgpu.InterpretGPUParams())
 
 
 @pytest.mark.skipif(not INTERPRETS, reason="the interpreter needs JAX 0.12")

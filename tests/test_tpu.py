@@ -4,10 +4,8 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from test_adder import CASES, data, pairs, reference_with_crop
-from test_gpu import NETWORKS, lowered_training
+from test_gpu import NETWORKS, assert_equals_float64_loops, lowered_training, with_surrogates
 
 from pkkd_jax.ops import geometry as geometry_lib
 from pkkd_jax.ops import tpu
@@ -19,24 +17,9 @@ LARGER = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("case", "surrogate"),
-    [(case, "hardtanh") for case in [*CASES, *LARGER] if case[6] == 1]
-    + [(CASES[i], surrogate) for i in (1, 3) for surrogate in ("sign", "full")],
-    ids=str,
-)
+@pytest.mark.parametrize(("case", "surrogate"), with_surrogates(LARGER), ids=str)
 def test_kernel_equals_float64_loops(case, surrogate):
-    shape, taps, c_out, strides, padding, dilation, _ = case
-    x, w = data(shape, (*taps, shape[3], c_out))
-    geometry = geometry_lib.resolve(shape, w.shape, strides, padding, dilation, 1, surrogate)
-    dy = jax.random.normal(jax.random.key(2), geometry.output_shape(shape, w.shape))
-    found = (
-        tpu.forward(x, w, geometry, interpret=True),
-        tpu.input_gradient(x, w, dy, geometry, interpret=True),
-    )
-    expected = reference_with_crop(x, w, dy, strides, pairs(case), dilation, 1, surrogate)
-    for ours, theirs in zip(found, expected, strict=False):
-        np.testing.assert_allclose(ours, theirs, atol=2e-6 * np.abs(theirs).max(), rtol=0)
+    assert_equals_float64_loops(tpu, case, surrogate, True)
 
 
 @pytest.mark.parametrize(("name", "depth", "size"), NETWORKS)
