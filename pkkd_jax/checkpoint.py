@@ -41,16 +41,16 @@ def _flatten(tree) -> Flat:
 
 
 class _Keep:
-    """Orbax's retention: the latest checkpoints, and the one of the best accuracy."""
+    """Orbax's retention: the latest checkpoints, and the best or all of those with an accuracy."""
 
-    def __init__(self, accuracies: dict[int, float]):
-        self.accuracies = accuracies
+    def __init__(self, accuracies: dict[int, float], evaluated: bool):
+        self.accuracies, self.evaluated = accuracies, evaluated
 
     def should_preserve(self, checkpoints, *, context) -> list[bool]:
         del context
         steps = [each.step for each in checkpoints]
-        best = _best(self.accuracies, steps)
-        return [step == best or step in sorted(steps)[-KEEP_LATEST:] for step in steps]
+        kept = self.accuracies if self.evaluated else {_best(self.accuracies, steps)}
+        return [step in kept or step in sorted(steps)[-KEEP_LATEST:] for step in steps]
 
 
 def _best(accuracies: dict[int, float], steps: list[int]) -> int | None:
@@ -65,9 +65,10 @@ class Checkpoints:
     Args:
       run_dir: the run directory.
       read_only: whether nothing is made, moved or deleted there.
+      keep_evaluated: whether every checkpoint with an accuracy is kept, and not the best alone.
     """
 
-    def __init__(self, run_dir: Path, read_only: bool = False):
+    def __init__(self, run_dir: Path, read_only: bool = False, keep_evaluated: bool = False):
         self._run_dir = Path(run_dir).absolute()
         self._accuracies: dict[int, float] = {}
         # Orbax would write accuracies into files of its own, which it could not read when damaged.
@@ -75,7 +76,7 @@ class Checkpoints:
             primary_host=jax.process_index(), active_processes={jax.process_index()}
         )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_Keep(self._accuracies),
+            preservation_policy=_Keep(self._accuracies, keep_evaluated),
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
             create=False,

@@ -54,6 +54,7 @@ def base() -> ConfigDict:
     config.eval = dict(every_epochs=1.0, recalibrate_batches=20, gradient_shares=False)
     config.log_every_steps = 50
     config.checkpoint_every_s = 100.0  # with the step and the saving, two minutes can be lost
+    config.keep_evaluated = False  # every evaluation's checkpoint, and not the best one's alone
     config.skip_not_finite = 0  # updates that may be left out since the start of the program
     config.watchdog_s = 1800.0  # without a step, after which the program ends; 0: never
     config.compilation_cache_dir = ""  # where compiled programs are kept for the next start

@@ -31,6 +31,7 @@ PLACES = (
     *OWN,
     ("log_every_steps",),
     ("checkpoint_every_s",),
+    ("keep_evaluated",),
     ("watchdog_s",),
     ("skip_not_finite",),
     ("max_damaged",),
@@ -247,7 +248,9 @@ def train_and_evaluate(
         watchdog = at_exit.enter_context(contextlib.closing(_Watchdog(config.watchdog_s)))
         if writes:
             check_run(workdir, built.config)
-            checkpoints = checkpoint.Checkpoints(workdir)
+            checkpoints = checkpoint.Checkpoints(
+                workdir, keep_evaluated=built.config["keep_evaluated"]
+            )
             at_exit.callback(checkpoints.close)
             found = checkpoints.newest()
             at_start(experiment.describe(built, found[0] if found else 0, workdir))

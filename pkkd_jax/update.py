@@ -143,6 +143,18 @@ def _synchronised(model: linen.Module) -> linen.Module:
     return model.clone(bn_axis_name=AXIS)
 
 
+def _weights(recipe: Recipe, step) -> dict[str, Any]:
+    """The losses' weights in the update after `step`."""
+    weights = {
+        name: weight(step) if callable(weight) else weight
+        for name, (weight, _) in recipe.losses.items()
+    }
+    if recipe.snapshots:
+        begun = step >= recipe.snapshots[0]
+        weights = {name: jnp.where(begun, weight, 0.0) for name, weight in weights.items()}
+    return weights
+
+
 def _terms(recipe: Recipe) -> Callable:
     """Makes `(params, stats, step, images, labels, key) -> (terms, (new stats, metrics))`.
 
@@ -162,12 +174,6 @@ def _terms(recipe: Recipe) -> Callable:
     def accuracy(logits, labels):
         return (logits.argmax(-1) == labels).mean()
 
-    def weight_of(weight, step):
-        weight = weight(step) if callable(weight) else weight
-        if recipe.snapshots:
-            weight = jnp.where(step >= recipe.snapshots[0], weight, 0.0)
-        return weight
-
     def terms(params, stats, step, images, labels, key):
         metrics, new_stats, found, targets = {}, {}, {}, None
         if teacher_model is not None:
@@ -184,9 +190,10 @@ def _terms(recipe: Recipe) -> Callable:
         ce = cross_entropy(outputs.logits, labels)
         found["ce"] = recipe.alpha * ce
         metrics |= {"student/loss_ce": ce, "student/accuracy": accuracy(outputs.logits, labels)}
-        for name, (weight, distiller) in recipe.losses.items():
+        weights = _weights(recipe, step)
+        for name, (_, distiller) in recipe.losses.items():
             value, figures = distiller.apply(params["distiller"][name], outputs, targets, AXIS)
-            found[name] = weight_of(weight, step) * value
+            found[name] = weights[name] * value
             metrics |= {f"student/{key}": figure for key, figure in figures.items()}
         metrics["student/loss"] = sum(value for name, value in found.items() if name != "teacher")
         return found, (new_stats, metrics)
@@ -223,8 +230,10 @@ def joint_update(recipe: Recipe) -> Callable:
 
     `batch` holds "image" uint8 `[k, b, height, width, channels]` and "label" int32 `[k, b]`: the k
     micro-batches of this device, whose gradients are averaged before the one step they make. The
-    teacher's outputs are constants for the student. Where a loss or anything new is not finite, the
-    metric "finite" is False, and the state but for its step stays as it was.
+    teacher's outputs are constants for the student. What a loss learns goes down that loss itself:
+    its weight says how much it means to the student, not how fast it learns. Where a loss or
+    anything new is not finite, the metric "finite" is False, and the state but for its step stays
+    as it was.
     """
     terms = _terms(recipe)
 
@@ -270,7 +279,13 @@ def joint_update(recipe: Recipe) -> Callable:
         teacher = state.teacher
         if recipe.teacher_learns and teacher is not None:
             teacher = learn(recipe.optimiser, teacher, gradients["teacher"], stats["teacher"])
-        distiller = learn(recipe.distiller_optimiser, state.distiller, gradients["distiller"], {})
+        unweighted = {
+            name: jax.tree.map(
+                lambda g, w=weight: g / jnp.where(w == 0, 1.0, w), gradients["distiller"][name]
+            )
+            for name, weight in _weights(recipe, state.step).items()
+        }
+        distiller = learn(recipe.distiller_optimiser, state.distiller, unweighted, {})
         new = DistillState(state.step, student, teacher, distiller)
         finite = _finite((new, metrics))
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)

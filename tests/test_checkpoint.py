@@ -174,6 +174,14 @@ def test_the_latest_two_and_the_best_are_kept(tmp_path):
         assert checkpoints.steps() == [2, 6, 7]
 
 
+def test_every_evaluated_one_is_kept_where_asked_for(tmp_path):
+    with contextlib.closing(checkpoint.Checkpoints(tmp_path, keep_evaluated=True)) as checkpoints:
+        for step, accuracy in enumerate([0.1, 0.9, 0.3, None, 0.4, None, None], 1):
+            checkpoints.save(state(step), accuracy)
+        checkpoints.wait()
+        assert checkpoints.steps() == [1, 2, 3, 5, 6, 7]
+
+
 SAVER = """
 import sys
 sys.path.insert(0, {folder!r})

@@ -177,6 +177,15 @@ def test_a_weight_by_step_is_that_of_the_step():
         assert_close(two.student, unweighted, 1e-5)
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.1, 25.0])
+def test_what_a_loss_learns_is_the_same_for_every_weight(weight):
+    weighted = recipe(losses={"pkkd": (weight, pkkd()), "kd": (1.0, kd())})
+    after, like_one = (run(each, initial(), steps=1)[0] for each in (weighted, recipe()))
+    assert differs(after.student.params, like_one.student.params)
+    wanted = like_one.distiller if weight else initial().distiller
+    assert_close(after.distiller, wanted, 1e-5)
+
+
 def test_the_losses_shares_in_each_layers_gradient_sum_to_one():
     start = initial()
     shares = jax.device_get(update.pmap(update.gradient_shares(recipe()))(start, batch(1)))
