@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import serialization, traverse_util
 
 from pkkd_jax import models, runs
@@ -306,11 +307,39 @@ def load_network(run_dir: str | Path, which: str = "student", step: str | int = 
         remedy = "pass it as load_network(..., model=...); at the command line, --trust imports it"
         runs.refuse_outside(run_dir, config, [which], remedy)
         model = models.build(**description)
-    flat = _saved(run_dir, step)[1][which]
-    variables = {"params": {}, "batch_stats": {}}
-    nested = traverse_util.unflatten_dict(flat, sep="/")
-    variables.update({key: nested[key] for key in variables if key in nested})
-    return model, jax.tree.map(np.asarray, variables)
+    return model, variables(load_parts(run_dir, step)[1][which])
+
+
+def variables(part: dict) -> dict:
+    """What `model.apply` takes, of a network as `load_parts` returns it."""
+    return {key: part.get(key, {}) for key in ("params", "batch_stats")}
+
+
+def load_parts(run_dir: str | Path, step: str | int = "last") -> tuple[int, dict[str, dict]]:
+    """All that a checkpoint holds, without the structure of its configuration.
+
+    Args:
+      run_dir: a directory that a training wrote.
+      step: "last", "best" (by test accuracy of the student) or a saved step.
+    Returns:
+      The step, and "student", "teacher" and "distiller" to nested dicts of NumPy arrays, of which
+      those under "params" are parameters and those under "batch_stats" BatchNorm's statistics.
+    Raises:
+      UserError: if there is no such run or step; the message says what there is.
+    """
+    found, parts = _saved(run_dir, step)
+    nested = {name: traverse_util.unflatten_dict(flat, sep="/") for name, flat in parts.items()}
+    return found, jax.tree.map(np.asarray, nested)
+
+
+def saved_steps(run_dir: str | Path) -> list[int]:
+    """The steps of a run that have a checkpoint, oldest first.
+
+    Raises:
+      UserError: if there is none.
+    """
+    with _readable(run_dir) as checkpoints:
+        return checkpoints.steps()
 
 
 def load_state(run_dir: str | Path, template: DistillState, step: str | int = "last"):
@@ -328,14 +357,8 @@ def load_state(run_dir: str | Path, template: DistillState, step: str | int = "l
 
 def _saved(run_dir: str | Path, step: str | int) -> tuple[int, dict[str, Flat]]:
     """The checkpoint that `step` means, or for "last" the newest that is intact."""
-    none = UserError(f"the run in {str(run_dir)!r} has no checkpoint yet")
-    if not (Path(run_dir) / "checkpoints").is_dir():
-        raise none
-    checkpoints = Checkpoints(Path(run_dir), read_only=True)
-    try:
+    with _readable(run_dir) as checkpoints:
         steps = checkpoints.steps()
-        if not steps:
-            raise none
         if isinstance(step, str) and step.isdigit():
             step = int(step)
         chosen = {"last": steps[-1], "best": checkpoints.best_step() or steps[-1]}.get(step, step)
@@ -352,5 +375,20 @@ def _saved(run_dir: str | Path, step: str | int) -> tuple[int, dict[str, Flat]]:
                     raise UserError(f"{text}: choose another of {steps}") from error
                 warnings.warn(f"{text}; the one before is used", stacklevel=3)
         raise UserError(f"no checkpoint in {str(run_dir)!r} is intact: train again")
+
+
+@contextlib.contextmanager
+def _readable(run_dir: str | Path):
+    """The checkpoints of a run that has some, to be read."""
+    none = UserError(f"the run in {str(run_dir)!r} has no checkpoint yet")
+    if not (Path(run_dir) / "checkpoints").is_dir():
+        raise none
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that what is read only is read only
+    try:
+        with contextlib.closing(Checkpoints(Path(run_dir), read_only=True)) as checkpoints:
+            if not checkpoints.steps():
+                raise none
+            yield checkpoints
     finally:
-        checkpoints.close()
+        logging.set_verbosity(verbosity)

@@ -51,7 +51,8 @@ def base() -> ConfigDict:
         adder_eta=0.2,
         momentum=0.9,
     )
-    config.eval = dict(every_epochs=1.0, recalibrate_batches=20, gradient_shares=False)
+    # `pictures`: every so many evaluations TensorBoard gets histograms and pictures; 0: never.
+    config.eval = dict(every_epochs=1.0, recalibrate_batches=20, gradient_shares=False, pictures=0)
     config.log_every_steps = 50
     config.checkpoint_every_s = 100.0  # with the step and the saving, two minutes can be lost
     config.keep_evaluated = False  # every evaluation's checkpoint, and not the best one's alone

@@ -9,7 +9,7 @@ import optax
 from flax import linen
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, data, distill, distributed, models, optim, runs
+from pkkd_jax import checkpoint, cost, data, distill, distributed, models, optim, runs
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError, unknown
@@ -33,6 +33,7 @@ NUMBERS = {
     "optim.warmup_steps": (lambda v: v >= 0, "0 (no warm-up) or more"),
     "eval.every_epochs": (lambda v: v > 0, "above 0"),
     "eval.recalibrate_batches": (lambda v: v >= 0, "0 (off) or more"),
+    "eval.pictures": (lambda v: v >= 0, "0 (none) or so many evaluations"),
     "checkpoint_every_s": (lambda v: v >= 0, "0 (after every step) or more"),
     "skip_not_finite": (lambda v: v >= 0, "0 (stop at the first) or more"),
     "watchdog_s": (lambda v: v >= 0, "0 (off) or more"),
@@ -107,6 +108,7 @@ class Experiment:
       parameters: number of parameters of each network.
       total_steps: of the whole training.
       eval_steps: after which test images are evaluated.
+      picture_steps: of these, after which the training is to be pictured.
     """
 
     config: dict
@@ -116,12 +118,13 @@ class Experiment:
     parameters: dict[str, int]
     total_steps: int
     eval_steps: frozenset[int]
+    picture_steps: frozenset[int]
 
     def initial_state(self) -> DistillState:
         """The state before the first step; the losses start from the first training examples."""
         train = self.splits.train
         count = min(self.config["batch_size"], 256, len(train))
-        images = data.first_examples(train, count, self.splits.damage)
+        images, _ = data.take(train, np.arange(count), self.splits.damage)
         return update_lib.init_state(self.recipe, images, self.teacher_variables)
 
 
@@ -186,7 +189,9 @@ def build(config: ConfigDict) -> Experiment:
     )
     # The last one is at the end: none so shortly before that it says the same.
     evals = frozenset({*range(every, total - every // 2, every), total})
-    return Experiment(plain, splits, recipe, teacher_variables, parameters, total, evals)
+    pictures = plain["eval"]["pictures"]
+    pictured = frozenset(sorted(evals)[pictures - 1 :: pictures] if pictures else ())
+    return Experiment(plain, splits, recipe, teacher_variables, parameters, total, evals, pictured)
 
 
 def _count_parameters(model: linen.Module, image_shape: tuple[int, ...]) -> int:
@@ -257,7 +262,21 @@ def _fixed_teacher(config: dict, model: linen.Module, image_shape: tuple[int, ..
     return distributed.from_first(variables)
 
 
-def describe(experiment: Experiment, step: int, workdir: Path) -> dict:
+def costs(experiment: Experiment) -> tuple[dict[str, cost.Cost], str]:
+    """What an image costs the student and its twins (`cost.twins`), and one line that says so.
+
+    No costs and a line that says why, if they cannot be counted.
+    """
+    arguments = runs.network_arguments(experiment.config, "student")
+    try:
+        found = cost.twins(arguments, experiment.splits.train.image_shape)
+        return found, cost.line(found, arguments.get("conv", "conv"))
+    except Exception as error:  # of a twin that a user's own network has not, and which may train
+        text = " ".join(str(error).split())[:200]
+        return {}, f"not counted: {type(error).__name__}: {text}"
+
+
+def describe(experiment: Experiment, step: int, workdir: Path, cost_line: str) -> dict:
     """What a training that stands at `step` is about to do in `workdir`, as texts by heading."""
     config, train, test = experiment.config, experiment.splits.train, experiment.splits.test
 
@@ -287,6 +306,7 @@ def describe(experiment: Experiment, step: int, workdir: Path) -> dict:
         f" {train.num_classes} classes",
         "student": network("student"),
         "teacher": network("teacher"),
+        "cost": cost_line,
         "losses": f"{config['alpha']:g} CE"
         + "".join(f" + {weight(name)} {name}" for name in experiment.recipe.losses),
         "steps": f"{experiment.total_steps:,} of {config['batch_size']} images"

@@ -4,8 +4,6 @@ python -m pkkd_jax.main --config=configs/NAME.py[:ARG] --workdir=DIR --config.an
 """
 
 import os
-import re
-import runpy
 import shutil
 import sys
 import traceback
@@ -17,74 +15,28 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, distributed, memory, names, train
-from pkkd_jax.analysis import curves
+from pkkd_jax import analysis, checkpoint, command, distributed, memory, names, train
 
 USAGE = (
     "python -m pkkd_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.LEAF=VALUE]"
 )
+PICTURED = 256  # examples of which TensorBoard gets pictures
 
 
-def parse(argv: list[str]) -> tuple[ConfigDict, Path, tuple]:
-    """The configuration, run directory and arguments of `distributed.initialize` in `argv`."""
-    if {"--help", "-h", "--helpfull"} & set(argv):
-        print(__doc__)
-        raise SystemExit(0)
-    given = [item for item in argv[1:] if re.match(r"--?config=", item)]
-    if not given:
-        raise names.UserError(f"--config is missing: {USAGE}")
-    path, _, argument = given[-1].partition("=")[2].partition(":")
-    config = _load(path, argument)
-    values = flags.FlagValues()
+def _define(values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Run directory.", flag_values=values)
     flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0.", flag_values=values)
     flags.DEFINE_integer("process_count", None, "Processes that train.", flag_values=values)
     flags.DEFINE_integer("process_index", None, "Of this process.", flag_values=values)
-    words = [argv[0], *(item for item in argv[1:] if item not in given)]
-    try:
-        sys.argv = words  # where config_flags reads the leaves, when the flag is defined
-        flag = config_flags.DEFINE_config_dict("config", config, flag_values=values)
-        rest = values(words)
-    except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        leaves = _leaves(config.to_dict())
-        for item in words[1:]:
-            leaf = re.match(r"--config\.([^=]+)", item)
-            if leaf and leaf.group(1) not in leaves:
-                raise names.unknown("config leaf", leaf.group(1), leaves) from error
-        text = " ".join(str(error).split())
-        raise names.UserError(f"{text}: mend that argument; usage: {USAGE}") from error
-    if len(rest) > 1:
-        raise names.UserError(f"unexpected argument {rest[1]!r}: {USAGE}")
-    name = Path(path).stem + (f"-{re.sub('[^A-Za-z0-9]+', '-', argument)}" if argument else "")
-    processes = values.coordinator, values.process_count, values.process_index
-    return flag.value, Path(values.workdir or Path("runs") / name), processes
 
 
-def _load(path: str, argument: str):
-    """What `get_config` of the file at `path` returns."""
-    if not Path(path).is_file():
-        folders = {Path(path).parent, Path("configs")}
-        found = (str(file) for folder in folders for file in folder.glob("*.py"))
-        raise names.unknown("config file", path, found)
-    try:
-        return runpy.run_path(path)["get_config"](argument or None)
-    except names.UserError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split())
-        raise names.UserError(
-            f"config file {path!r} cannot be read: {type(error).__name__}: {text}; it must define"
-            " get_config(arg=None)"
-        ) from error
-
-
-def _leaves(tree: dict, prefix: str = "") -> list[str]:
-    found = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return found
+def parse(argv: list[str]) -> tuple[ConfigDict, Path, tuple]:
+    """The configuration, run directory and arguments of `distributed.initialize` in `argv`."""
+    config, given, name = command.parse(argv, _define, USAGE, __doc__)
+    processes = given.coordinator, given.process_count, given.process_index
+    return config, Path(given.workdir or Path("runs") / name), processes
 
 
 def _duration(seconds: float) -> str:
@@ -178,8 +130,13 @@ def main(argv: list[str] | None = None) -> int:
         if "images_per_s" not in figures:  # after the first step or an evaluation
             memory.trim()
 
+    def at_picture(built, state):
+        splits = built.splits
+        examples = analysis.normalised(splits.test, PICTURED, splits.damage)
+        analysis.write_events(workdir, analysis.of_state(built, state), *examples)
+
     def at_end(run_dir, results):
-        curves.save(run_dir)
+        analysis.plots.learning_curves({"": run_dir}).savefig(run_dir / "curves.png", dpi=120)
         _print_results(run_dir, results)
 
     def at_signal(name):
@@ -190,7 +147,9 @@ def main(argv: list[str] | None = None) -> int:
         config, workdir, processes = parse(argv)
         memory.keep()
         distributed.initialize(*processes)
-        train.train_and_evaluate(config, workdir, _print_start, at_interval, at_end, at_signal)
+        train.train_and_evaluate(
+            config, workdir, _print_start, at_interval, at_end, at_signal, at_picture
+        )
         return 0
     except train.Interrupted as stop:
         message, status = f"{stop}; the same command goes on from there", 128 + stop.signum

@@ -19,10 +19,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, distributed, experiment, metrics, runs
+from pkkd_jax import checkpoint, cost, distributed, experiment, metrics, runs
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError
+from pkkd_jax.state import DistillState
 
 # Leaves in which processes that train together may differ: they do no step of the work.
 OWN = (("data", "data_dir"), ("teacher", "run_dir"), ("workers",), ("compilation_cache_dir",))
@@ -32,6 +33,7 @@ PLACES = (
     ("log_every_steps",),
     ("checkpoint_every_s",),
     ("keep_evaluated",),
+    ("eval", "pictures"),
     ("watchdog_s",),
     ("skip_not_finite",),
     ("max_damaged",),
@@ -217,6 +219,7 @@ def train_and_evaluate(
     at_interval: Callable[[dict], None] = lambda figures: None,
     at_end: Callable[[Path, dict], None] = lambda run_dir, results: None,
     at_signal: Callable[[str], None] = lambda name: None,
+    at_picture: Callable[[experiment.Experiment, DistillState], None] = lambda built, state: None,
 ) -> dict:
     """Trains what `config` describes in `workdir`, going on where an earlier call stopped.
 
@@ -228,6 +231,8 @@ def train_and_evaluate(
         `left_s`.
       at_end: called with the run directory and the results.
       at_signal: called with the name of a signal that stops the training after this step.
+      at_picture: called with the experiment and its state, as NumPy arrays, every
+        `config.eval.pictures` evaluations.
     Of several processes all call this, and the first alone writes and calls back.
     Returns:
       The figures of `results.json`; `{}` in the other processes if the run was finished before.
@@ -253,7 +258,8 @@ def train_and_evaluate(
             )
             at_exit.callback(checkpoints.close)
             found = checkpoints.newest()
-            at_start(experiment.describe(built, found[0] if found else 0, workdir))
+            costs, cost_line = experiment.costs(built)
+            at_start(experiment.describe(built, found[0] if found else 0, workdir, cost_line))
             if found and found[0] == built.total_steps:
                 results = metrics.read_json(workdir / "results.json")
         step, done = distributed.from_first(
@@ -267,9 +273,13 @@ def train_and_evaluate(
             if writes:
                 if not found:  # only now: what was wrong before can be mended in this directory
                     metrics.write_json(workdir / "config.json", built.config)
+                if costs:
+                    cost.write(workdir, costs)
                 writer = metrics.Writer(workdir, int(step))
                 at_exit.callback(writer.close)
-            results = _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal)
+            results = _loop(
+                built, state, checkpoints, writer, watchdog, at_interval, at_signal, at_picture
+            )
             if writes:
                 checkpoints.wait()
                 metrics.write_json(workdir / "results.json", results)
@@ -278,7 +288,7 @@ def train_and_evaluate(
     return results or {}
 
 
-def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal) -> dict:
+def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, at_picture) -> dict:
     config, total = built.config, built.total_steps
     step, mapped, figures, pending, logged = int(state.step), {}, {}, [], int(state.step)
     last = writer.last if writer else {}
@@ -371,6 +381,8 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal) -
         write(found)
         if writer:
             at_interval({**figures, "step": step, "total_steps": total})
+            if step in built.picture_steps:
+                at_picture(built, jax.device_get(state))
         since = step, time.perf_counter()
         return found
 

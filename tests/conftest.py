@@ -14,8 +14,9 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp()
 import jax
 import pytest
 from absl import logging
-from trainings import start
+from trainings import command, start
 
+from pkkd_jax import main
 from pkkd_jax.names import UserError
 from pkkd_jax.ops import cpu, primitive
 
@@ -84,3 +85,29 @@ def finished(tmp_path_factory):
     out, err = process.communicate()
     assert process.returncode == 0, err
     return workdir, out
+
+
+@pytest.fixture(scope="session")
+def kernel_run(tmp_path_factory):
+    """A run of PKKD with the checkpoints of three evaluations, pictured at the second."""
+    run_dir = tmp_path_factory.mktemp("runs") / "kernel"
+    more = ["--config.eval.every_epochs=0.05", "--config.eval.pictures=2"]
+    assert main.main(command(run_dir, "--config.keep_evaluated=True", *more)) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def no_kernel_run(tmp_path_factory):
+    """A run of PKKD without kernels."""
+    run_dir = tmp_path_factory.mktemp("runs") / "no_kernel"
+    assert main.main(command(run_dir, "--config.distill.pkkd.kernel=False")) == 0
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def alone_run(tmp_path_factory):
+    """A run without a teacher."""
+    run_dir = tmp_path_factory.mktemp("runs") / "alone"
+    line = command(run_dir, "--config.teacher.mode=none")
+    assert main.main([line[0], f"{line[1]}:distill=none", *line[2:]]) == 0
+    return run_dir

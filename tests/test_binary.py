@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pkkd_jax import models
+from pkkd_jax import models, nn
 from pkkd_jax.ops import binary
 
 
@@ -47,6 +47,18 @@ def test_the_gradient_passes_the_sign_where_the_activation_is_within_one():
     np.testing.assert_array_equal(binary.sign(x), [-1, -1, 1, 1, 1])
     gradient = jax.vjp(binary.sign, x)[1](jnp.full(5, 3.0))[0]
     np.testing.assert_array_equal(gradient, [0, 3, 3, 3, 0])
+
+
+def test_the_sign_of_nan_is_nan():
+    assert jnp.isnan(binary.sign(jnp.array([jnp.nan, 1.0]))).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("conv", ["binary", "pcnn"])
+def test_a_trace_tells_a_one_bit_convolution_from_an_ordinary_one(conv):
+    layer, images = nn.convolution(conv)(4, (3, 3)), jnp.zeros((1, 5, 5, 2))
+    trace = str(jax.make_jaxpr(lambda x: layer.init_with_output(jax.random.key(0), x))(images))
+    assert "binary_forward" in trace
+    assert "conv_forward" not in trace
 
 
 def test_projected_filters_take_two_values(operands):

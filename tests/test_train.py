@@ -8,7 +8,6 @@ from PIL import Image
 from trainings import MINE, QUICKSTART, ROOT, SHORT, command, final
 
 from pkkd_jax import checkpoint, evaluate, experiment, main, train
-from pkkd_jax.analysis import curves
 from pkkd_jax.names import UserError
 from pkkd_jax.ops import cpu
 
@@ -27,6 +26,7 @@ def test_the_run_directory_is_complete(finished):
     names = {p.name for p in workdir.iterdir()}
     assert names >= {"config.json", "metrics.jsonl", "results.json", "curves.png", "checkpoints",
                      "tensorboard"}  # fmt: skip
+    assert (workdir / "curves.png").read_bytes().startswith(b"\x89PNG")
     results = json.loads((workdir / "results.json").read_text())
     for network in ("student", "teacher"):
         for what in ("accuracy", "top5", "loss"):
@@ -149,11 +149,6 @@ def test_taps_that_do_not_fit_leave_no_run_behind(tmp_path, capsys):
     assert main.main(arguments) == 2
     assert "penultimate is" in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.json").exists()
-
-
-def test_curves_are_a_picture(finished):
-    path = curves.save(finished[0])
-    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_users_own_loss_network_and_data_are_named_by_dotted_paths(tmp_path, monkeypatch, capsys):

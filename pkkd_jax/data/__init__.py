@@ -13,7 +13,7 @@ from pkkd_jax.data.pipeline import (
     Unreadable,
     eval_batches,
     example,
-    first_examples,
+    take,
     train_batches,
 )
 
@@ -23,8 +23,8 @@ __all__ = [
     "augment",
     "build_source",
     "eval_batches",
-    "first_examples",
     "normalise",
+    "take",
     "train_batches",
 ]
 
@@ -57,6 +57,17 @@ class Source(Protocol):
         """`{"image": uint8 [height, width, channels] or a PIL image, "label": int}`."""
 
 
+def open_source(split: str, *, name: str, validation: int = 0, **arguments: Any) -> Source:
+    """The data source that a config calls `name`, as its function returns it.
+
+    Those of TFDS read their files only when they are asked for examples: what they say of shape and
+    classes can be had without the files. Arguments are those of `build_source`.
+    """
+    del validation
+    whole = "test" if split == "test" else "train"
+    return names.call("pkkd_jax.data.sources", name, "data set", split=whole, **arguments)
+
+
 def build_source(
     split: str, damage: Damage | None = None, *, name: str, validation: int = 0, **arguments: Any
 ) -> Source:
@@ -72,11 +83,12 @@ def build_source(
       UserError: if there is no such source or it does not take these arguments, or its files are
         not there or too many of its examples cannot be read.
     """
-    whole = "test" if split == "test" else "train"
-    source = names.call("pkkd_jax.data.sources", name, "data set", split=whole, **arguments)
+    source = open_source(split, name=name, **arguments)
+    if not len(source):  # the first that needs the files
+        raise names.UserError(f"data set {name!r} has no images for {split!r}: mend it")
     if source.augmentation not in AUGMENTATIONS:
         raise names.unknown("augmentation", source.augmentation, AUGMENTATIONS)
-    if validation and whole == "train":
+    if validation and split != "test":
         if not 0 < validation < len(source):
             raise names.UserError(
                 f"config.data.validation={validation}: it must be from 0 (the test images judge) to"

@@ -352,7 +352,10 @@ def eval_batches(
         yield {"image": image, "label": label, "mask": (valid & readable).astype(np.float32)}
 
 
-def first_examples(source, count: int, damage: Damage | None = None) -> np.ndarray:
-    """Training images 0 to `count - 1`, uint8 `[count, height, width, channels]`."""
-    positions = np.arange(count)[None]
-    return next(_batches(source, positions, None, 0, damage or Damage()))[0]
+def take(source, indices: np.ndarray, damage: Damage | None = None) -> tuple[np.ndarray, ...]:
+    """Examples at `indices` of `[n]`, not augmented.
+
+    Returns:
+      Images, uint8 `[n, height, width, channels]`, and labels, int32 `[n]`.
+    """
+    return next(_batches(source, indices[None], None, 0, damage or Damage()))[:2]

@@ -24,10 +24,14 @@ class Distiller(NamedTuple):
         a float32 scalar, the mean over this device's examples; `metrics` maps names to scalars to
         be logged, the loss itself among them. The teacher's outputs are constants. What compares
         examples with each other gathers them over `axis_name` first.
+      stages: `(params, student: Outputs, teacher: Outputs) -> stages`, for analysis: what `apply`
+        makes of the responses on its way, as stage -> "student" or "teacher" -> the student's name
+        of the tap -> array; None where it compares outputs as they are.
     """
 
     init: Callable[..., Any]
     apply: Callable[..., Any]
+    stages: Callable[..., dict] | None = None
 
 
 def gather(x: jax.Array, axis_name: str | None) -> jax.Array:

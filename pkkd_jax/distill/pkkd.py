@@ -153,19 +153,18 @@ def pkkd(
             params["sigma"] = {"shared": shared}
         return params if kernel else {"rho": params["rho"]}
 
+    def sigmas(params, tap):
+        sigma = params["sigma"]["shared" if shared_sigma else tap]
+        learnt = {"student": learn_sigma_student, "teacher": learn_sigma_teacher}
+        return [v if learnt[side] else lax.stop_gradient(v) for side, v in sorted(sigma.items())]
+
     @jax.default_matmul_precision("highest")  # differences of moments would magnify roundings
     def apply(params, student, teacher, axis_name):
         losses, metrics = [], {}
         for tap, z_a, z_c in pairs(student, teacher):
             z_a, z_c = z_a.astype(jnp.float32), z_c.astype(jnp.float32)
             if kernel:
-                sigma = params["sigma"]["shared" if shared_sigma else tap]
-                log_a = (
-                    sigma["student"] if learn_sigma_student else lax.stop_gradient(sigma["student"])
-                )
-                log_c = (
-                    sigma["teacher"] if learn_sigma_teacher else lax.stop_gradient(sigma["teacher"])
-                )
+                log_a, log_c = sigmas(params, tap)
                 z_a = kernel_of(z_a, log_a, max_exponent)
                 z_c = kernel_of(z_c, log_c, max_exponent)
                 floor = jnp.exp(jnp.float32(-max_exponent)) * (1 + 1e-5)
@@ -190,7 +189,23 @@ def pkkd(
         loss = jnp.stack(losses).mean()
         return loss, {"loss_mid": loss, **metrics}
 
-    return Distiller(init, apply)
+    @jax.default_matmul_precision("highest")
+    def stages(params, student, teacher):
+        names = ("raw", "kernel", "rho") if kernel else ("raw", "rho")
+        found = {stage: {"student": {}, "teacher": {}} for stage in names}
+        for tap, *responses in pairs(student, teacher):
+            for i, (side, z) in enumerate(zip(("student", "teacher"), responses, strict=True)):
+                z = found["raw"][side][tap] = z.astype(jnp.float32)
+                if kernel:
+                    z = kernel_of(z, sigmas(params, tap)[i], max_exponent)
+                    found["kernel"][side][tap] = z
+                centred = z - mean(z, None)
+                covariance = moments(centred, centred, None) if batch_norm else None
+                matrix = rho(params["rho"][tap].get(side), covariance, z.shape[-1])
+                found["rho"][side][tap] = (centred if batch_norm else z) @ matrix
+        return found
+
+    return Distiller(init, apply, stages)
 
 
 def _mean(value: jax.Array, axis_name: str | None) -> jax.Array:

@@ -7,17 +7,26 @@ import jax.numpy as jnp
 from flax import linen
 from jax import Array
 
-from pkkd_jax.ops.conv import conv_general_dilated
+from pkkd_jax.ops.conv import conv_general_dilated, define_forward
+
+# Products of signs are XNORs, which a trace could not see in an ordinary convolution.
+forward_p = define_forward("binary_forward")
 
 
+@jax.custom_jvp
 def sign(x: Array) -> Array:
     """1 where `x >= 0`, else -1; its gradient is passed straight through where `|x| <= 1`.
 
     References:
       Hubara et al., Binarized Neural Networks, NeurIPS 2016, Eq. 4.
     """
-    clipped = jnp.clip(x, -1, 1)
-    return clipped + jax.lax.stop_gradient(jnp.where(x >= 0, 1, -1).astype(x.dtype) - clipped)
+    # NaN stays NaN: an update must not look finite where its activations are not.
+    return jnp.where(x >= 0, 1, jnp.where(x < 0, -1, x)).astype(x.dtype)
+
+
+@sign.defjvp
+def _sign_jvp(primals, tangents):
+    return sign(*primals), jax.jvp(lambda x: jnp.clip(x, -1, 1), primals, tangents)[1]
 
 
 def binary_conv(x: Array, w: Array, *arguments, **keywords) -> Array:
@@ -25,13 +34,16 @@ def binary_conv(x: Array, w: Array, *arguments, **keywords) -> Array:
 
         y = (sign(x) * sign(w)) a,   a[o] = mean over u, v, c of |w[u, v, c, o]|
 
-    A padded place is 0, and adds nothing. Arguments are those of `lax.conv_general_dilated`.
+    A padded place is 0, and adds nothing. Arguments are those of `conv.conv_general_dilated`; where
+    that has a primitive of its own, "binary_forward" stands in a trace.
 
     References:
       Rastegari et al., XNOR-Net, ECCV 2016, Eqs. 6-9, without the scale of the activations.
     """
     scale = jnp.abs(w).mean((0, 1, 2))
-    return conv_general_dilated(sign(x), sign(w) * scale, *arguments, **keywords)
+    return conv_general_dilated(
+        sign(x), sign(w) * scale, *arguments, primitive=forward_p, **keywords
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -93,4 +105,4 @@ class ProjectionConv(linen.Module):
         ones = linen.initializers.ones_init()
         projection = self.param("projection", ones, w.shape[:2])
         projected = project(w, projection.astype(w.dtype), self.weight, self.rate)
-        return conv_general_dilated(sign(x), projected, *arguments, **keywords)
+        return conv_general_dilated(sign(x), projected, *arguments, primitive=forward_p, **keywords)

@@ -8,6 +8,7 @@ import operator
 
 import jax
 from jax import lax
+from jax.extend.core import Primitive
 from jax.interpreters import ad
 
 from pkkd_jax.ops import cpu, portable
@@ -28,6 +29,7 @@ def conv_general_dilated(
     dimension_numbers=None,
     feature_group_count: int = 1,
     precision=None,
+    primitive: Primitive | None = None,
     **options,
 ) -> jax.Array:
     """`lax.conv_general_dilated`: a `conv_general_dilated` for `linen.Conv`.
@@ -41,6 +43,7 @@ def conv_general_dilated(
       rhs: kernel, `[kh, kw, c_in / feature_group_count, c_out]`.
       window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
         precision, **options: as there; the kernels for CPUs always multiply and add in float32.
+      primitive: what stands in a trace, made by `define_forward`; "conv_forward" if None.
     Returns:
       `[batch, height', width', c_out]`, dtype of `lhs`.
     """
@@ -81,7 +84,8 @@ def conv_general_dilated(
     )
     if precision is None:  # of now: when the rule of a platform is traced, it may be another
         precision = jax.config.jax_default_matmul_precision
-    return forward_p.bind(*vary_together(lhs, rhs), geometry=geometry, precision=precision)
+    primitive = primitive or forward_p
+    return primitive.bind(*vary_together(lhs, rhs), geometry=geometry, precision=precision)
 
 
 def sum_of_products(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -104,12 +108,6 @@ def sum_of_products(a: jax.Array, b: jax.Array) -> jax.Array:
 
 _NHWC = lax.conv_dimension_numbers((1, 1, 1, 1), (1, 1, 1, 1), DIMENSIONS)
 
-forward_p = define(
-    "conv_forward",
-    {None: portable.product_forward, "cpu": cpu.product_forward},
-    lambda x, w, *, geometry, precision: x.update(shape=geometry.output_shape(x.shape, w.shape)),
-    filters=1,
-)
 input_gradient_p = define(
     "conv_input_gradient",
     {None: portable.product_input_gradient, "cpu": cpu.product_input_gradient},
@@ -124,7 +122,7 @@ weight_gradient_p = define(
 )
 
 
-# All three are bilinear, and each is the transpose of the others.
+# All are bilinear, and each is a transpose of the others.
 
 
 def _input(w, dy, x, **parameters):
@@ -140,11 +138,25 @@ def _forward(x, w, *, geometry, precision, shape):
     return forward_p.bind(x, w, geometry=geometry, precision=precision)
 
 
-ad.defbilinear(
-    forward_p,
-    lambda dy, x, w, **parameters: _input(w, dy, x, **parameters),
-    lambda dy, x, w, **parameters: _weight(x, dy, w, **parameters),
-)
+def define_forward(name: str) -> Primitive:
+    """Makes the primitive `name` of a forward convolution: a trace then tells what it convolves."""
+    primitive = define(
+        name,
+        {None: portable.product_forward, "cpu": cpu.product_forward},
+        lambda x, w, *, geometry, precision: x.update(
+            shape=geometry.output_shape(x.shape, w.shape)
+        ),
+        filters=1,
+    )
+    ad.defbilinear(
+        primitive,
+        lambda dy, x, w, **parameters: _input(w, dy, x, **parameters),
+        lambda dy, x, w, **parameters: _weight(x, dy, w, **parameters),
+    )
+    return primitive
+
+
+forward_p = define_forward("conv_forward")
 ad.defbilinear(
     input_gradient_p,
     lambda x, w, dy, **parameters: _weight(x, dy, w, **parameters),

@@ -1,6 +1,7 @@
 """Data sets that TensorFlow Datasets has prepared, read without TensorFlow."""
 
 import dataclasses
+import functools
 import io
 import json
 import os
@@ -14,19 +15,24 @@ __all__ = ["cifar10", "cifar100", "fashion_mnist", "imagenet2012", "mnist"]
 
 
 class Records:
-    """One split of a prepared TFDS data set, its images still encoded.
+    """One split of a prepared TFDS data set, its images still encoded; opened when first read.
 
     Args:
       name: of a TFDS data set whose examples have an image and a label.
       split: as TFDS calls it.
       data_dir: directory of prepared data sets; `TFDS_DATA_DIR` or `~/tensorflow_datasets` if "".
     Raises:
-      UserError: if the data set is not prepared there, or is damaged.
+      UserError: when first read, if the data set is not prepared there, or is damaged.
     """
 
     def __init__(self, name: str, split: str, data_dir: str):
+        self._name, self._split, self._data_dir = name, split, data_dir
+
+    @functools.cached_property
+    def _records(self):
         import tensorflow_datasets as tfds
 
+        name, data_dir = self._name, self._data_dir
         folder = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
         folder = Path(folder).expanduser()
         place = f" --data_dir {folder}" if data_dir else ""
@@ -41,8 +47,8 @@ class Records:
             newest = max((folder / name).glob("*/dataset_info.json")).parent
             _check_description(newest)
             # TFDS's own parsing would cost as much as a tenth of a photograph's decoding.
-            self._records = tfds.builder_from_directory(newest).as_data_source(
-                split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+            return tfds.builder_from_directory(newest).as_data_source(
+                self._split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
         except Exception as error:
             text = " ".join(str(error).split())[:200]

@@ -1,0 +1,165 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Kernel space
+#
+# What an adder network and its convolutional teacher have in common, before and after the kernel,
+# in two trainings that differ in the kernel alone. They are made by
+#
+#     python -m pkkd_jax.main --config=configs/resnet20.py --workdir=runs/kernel \
+#       --config.batch_size=128 --config.epochs=10 --config.keep_evaluated=True
+#     python -m pkkd_jax.main --config=configs/resnet20.py --workdir=runs/no_kernel \
+#       --config.batch_size=128 --config.epochs=10 --config.keep_evaluated=True \
+#       --config.distill.pkkd.kernel=False
+
+# %%
+# %matplotlib inline
+import collections
+
+import numpy as np
+
+from pkkd_jax import analysis
+from pkkd_jax.analysis import plots
+from pkkd_jax.distill.taps import select_taps
+
+# %% tags=["parameters"]
+kernel = "../runs/kernel"
+no_kernel = "../runs/no_kernel"
+count = 512  # unseen images
+data_dir = ""  # of prepared data sets; "" for the usual place
+
+# %% [markdown]
+# ## The two runs
+
+# %%
+run_dirs = {"kernel": kernel, "no kernel": no_kernel}
+runs = {label: analysis.load(run_dir) for label, run_dir in run_dirs.items()}
+images, labels = analysis.examples(runs["kernel"], count, data_dir=data_dir)
+for label, run in runs.items():
+    print(f"{label}: step {run.step}, {run.config['student']['conv']} student")
+plots.learning_curves(run_dirs)
+
+# %% [markdown]
+# ## Filters
+#
+# The paper holds that filters of convolutions are Gaussian and those of adders Laplacian. Both
+# distributions are fitted to every layer by maximum likelihood; Vuong's test says which is nearer,
+# or that there is no telling.
+
+# %%
+networks = {
+    f"{label}, {which}": network
+    for label, run in runs.items()
+    for which, network in run.networks.items()
+}
+for name, network in networks.items():
+    fits = {layer: analysis.fit(values) for layer, values in analysis.filters(network).items()}
+    counts = collections.Counter(fit.better for layer, fit in fits.items() if layer != "stem")
+    z = np.median([fit.z for layer, fit in fits.items() if layer != "stem"])
+    print(f"{name:<20} {dict(counts)}, median z {z:.1f}")
+
+# %%
+run = runs["kernel"]
+weights = {which: analysis.filters(run.networks[which]) for which in ("teacher", "student")}
+plots.filter_histograms({"CNN": weights["teacher"], "ANN": weights["student"]})
+
+# %%
+first = list(weights["student"])[1]
+plots.filter_images(weights["student"][first], f"first adder layer, {first}")
+
+# %% [markdown]
+# ## Responses before and after the kernel
+#
+# An adder's response is a negative distance, whose kernel lies between 0 and 1. A convolution's has
+# both signs, and its exponential has a long tail.
+
+# %%
+stages = {label: analysis.responses(run, images) for label, run in runs.items()}
+taps = list(stages["kernel"]["raw"]["student"])
+plots.response_histograms(stages["kernel"], taps[len(taps) // 2])
+
+# %%
+plots.sigmas(analysis.sigma_history(kernel))
+
+# %% [markdown]
+# ## Does the kernel make student and teacher more alike?
+#
+# Linear CKA compares the responses of the two networks to the same images, tap by tap: raw, after
+# the kernel, and after rho, where PKKD's loss compares them.
+
+
+# %%
+def similarity(found):
+    return {
+        stage: {
+            tap: analysis.linear_cka(z, sides["teacher"][tap])
+            for tap, z in sides["student"].items()
+        }
+        for stage, sides in found.items()
+    }
+
+
+alike = {
+    f"{label}: {stage}": line
+    for label, found in stages.items()
+    for stage, line in similarity(found).items()
+}
+for name, line in alike.items():
+    print(f"{name:<18} mean {np.mean(list(line.values())):.3f}")
+plots.by_layer(alike, "linear CKA of student and teacher", (0, 1))
+
+# %% [markdown]
+# Every convolution of the student against every one of the teacher, along the run with the kernel:
+
+# %%
+steps = analysis.saved_steps(kernel)
+chosen = [steps[i] for i in sorted({0, len(steps) // 3, 2 * len(steps) // 3, len(steps) - 1})]
+matrices = {}
+for step in chosen:
+    features = {}
+    for which, network in analysis.load(kernel, step).networks.items():
+        found = network.outputs(images[:256]).features
+        features[which] = {tap: found[tap] for tap in select_taps(found, "all")}
+    matrices[f"step {step}"] = analysis.cka(features["student"], features["teacher"])
+plots.cka_heatmaps(matrices, list(features["student"]), list(features["teacher"]))
+
+# %% [markdown]
+# ## How many directions are used
+#
+# The effective rank of the channels' covariance. A loss that two sides can make zero by sharing one
+# direction would show here.
+
+# %%
+ranks = {
+    f"{which}, {stage}": {tap: analysis.effective_rank(z) for tap, z in sides[which].items()}
+    for stage, sides in stages["kernel"].items()
+    for which in sides
+}
+plots.by_layer(ranks, "effective rank (channels)", (0, None))
+
+# %% [markdown]
+# ## Zeros
+#
+# The share of exactly zero features that each layer is given.
+
+# %%
+zeros = {name: analysis.zero_shares(network, images[:256]) for name, network in networks.items()}
+plots.by_layer(zeros, "exactly zero (fraction)", (0, 1))
+
+# %% [markdown]
+# ## The classifier's input
+
+# %%
+points = {
+    which: analysis.embedding(network.outputs(images).features["penultimate"], "tsne")
+    for which, network in run.networks.items()
+}
+plots.class_scatter(points, labels)
