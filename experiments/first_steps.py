@@ -31,7 +31,7 @@ memory.keep()  # on a CPU, what a step frees is kept for the next one
 
 # %% tags=["parameters"]
 folder = "../runs/first_steps"  # of the run directories; delete it to train anew
-epochs = 30.0
+epochs = 30
 
 # %% [markdown]
 # ## What is trained
@@ -47,7 +47,7 @@ def digits():
     chosen.data = dict(name="digits", data_dir="", validation=0, augmentation="none")
     chosen.student.depth = chosen.teacher.depth = 8
     chosen.batch_size, chosen.epochs = 64, epochs
-    chosen.log_every_steps, chosen.eval.every_epochs = 20, max(epochs / 10, 0.1)
+    chosen.log_every_steps, chosen.eval.every_epochs = 20, epochs / 10
     return chosen
 
 
@@ -150,7 +150,9 @@ class Tiny(linen.Module):
         for i, width in enumerate((16, 32), 1):
             x = nn.convolution(self.conv)(width, (3, 3), strides=i, use_bias=False)(x)
             features[f"conv{i}"] = x
-            x = jax.nn.relu(linen.BatchNorm(not train, 0.9, axis_name=self.bn_axis_name)(x))
+            x = jax.nn.relu(
+                linen.BatchNorm(not train, momentum=0.9, axis_name=self.bn_axis_name)(x)
+            )
         x = features["penultimate"] = x.mean((1, 2))
         return nn.Outputs(linen.Dense(self.num_classes)(x), features)
 

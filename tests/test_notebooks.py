@@ -25,7 +25,7 @@ def settings(kernel_run, no_kernel_run, tmp_path_factory):
     """What takes the place of each notebook's parameters."""
     folder = tmp_path_factory.mktemp("first_steps")
     return {
-        "first_steps": {"folder": str(folder), "epochs": 0.2},
+        "first_steps": {"folder": str(folder), "epochs": 1},
         "kernel_space": {"kernel": str(kernel_run), "no_kernel": str(no_kernel_run), "count": 24},
     }
 

@@ -2,7 +2,10 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
+
+import pytest
 
 from pkkd_jax import main
 
@@ -24,3 +27,13 @@ def test_the_loss_of_ones_own_trains(tmp_path, monkeypatch):
     assert main.main(["main", *words, *short]) == 0
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert rows[0]["train/student/loss_logits"] > 0
+
+
+@pytest.mark.parametrize(
+    "first_line", ["from pkkd_jax import checkpoint, data", "from pkkd_jax import analysis"]
+)
+def test_what_notebooks_are_told_to_do_works(first_line, kernel_run, tmp_path, monkeypatch):
+    (code,) = re.findall(rf"```python\n({re.escape(first_line)}\n.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(kernel_run, tmp_path / "runs" / "quickstart")
+    exec(code, {})

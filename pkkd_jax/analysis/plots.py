@@ -158,6 +158,7 @@ def response_histograms(stages: Mapping[str, Mapping[str, Mapping[str, np.ndarra
             title = f"{network}, effective rank {rank:.1f} of {channels}"
             axes.set_title(title, fontsize="small")
             axes.set(xlabel=units.get(stage, stage), ylabel="count")
+            axes.ticklabel_format(axis="x", scilimits=(-3, 4))
     figure.suptitle(tap, fontsize="medium")
     return figure
 

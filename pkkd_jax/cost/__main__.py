@@ -47,10 +47,11 @@ def main(argv: list[str] | None = None) -> int:
         arguments = runs.network_arguments(plain, "student")
         costs = cost.twins(arguments, source.image_shape)
         how = given.precision, given.layers_only
-        if given.json:
-            print(json.dumps(cost.to_json(costs, *how)))
-        else:
-            print(_heading(arguments, source.image_shape), cost.text(costs, *how), sep="\n\n")
+        text = f"{_heading(arguments, source.image_shape)}\n\n{cost.text(costs, *how)}"
+        print(json.dumps(cost.to_json(costs, *how)) if given.json else text, flush=True)
+        return 0
+    except BrokenPipeError:  # its reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except names.UserError as error:
         print(f"error: {error}", file=sys.stderr)
