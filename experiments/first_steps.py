@@ -97,17 +97,15 @@ pkkd_run = train_with_curves(pkkd, "pkkd")
 run = analysis.load(pkkd_run)
 images, labels = analysis.examples(run, 256)
 stages = analysis.responses(run, images)
-for stage, sides in stages.items():
-    alike = [analysis.linear_cka(z, sides["teacher"][tap]) for tap, z in sides["student"].items()]
-    print(f"{stage:<6} linear CKA of student and teacher, block by block:", np.round(alike, 2))
+for stage, alike in analysis.similarities(stages).items():
+    values = np.round(list(alike.values()), 2)
+    print(f"{stage:<6} linear CKA of student and teacher, block by block: {values}")
 
 # %%
 plots.response_histograms(stages, "stage2.block1.conv2")
 
 # %%
-features = {which: network.outputs(images).features for which, network in run.networks.items()}
-points = {which: analysis.embedding(f["penultimate"], "tsne") for which, f in features.items()}
-plots.class_scatter(points, labels)
+plots.class_scatter(analysis.penultimate(run, images, "tsne"), labels)
 
 # %% [markdown]
 # ## A loss of one's own

@@ -28,7 +28,6 @@ import numpy as np
 
 from pkkd_jax import analysis
 from pkkd_jax.analysis import plots
-from pkkd_jax.distill.taps import select_taps
 
 # %% tags=["parameters"]
 kernel = "../runs/kernel"
@@ -97,20 +96,10 @@ plots.sigmas(analysis.sigma_history(kernel))
 
 
 # %%
-def similarity(found):
-    return {
-        stage: {
-            tap: analysis.linear_cka(z, sides["teacher"][tap])
-            for tap, z in sides["student"].items()
-        }
-        for stage, sides in found.items()
-    }
-
-
 alike = {
     f"{label}: {stage}": line
     for label, found in stages.items()
-    for stage, line in similarity(found).items()
+    for stage, line in analysis.similarities(found).items()
 }
 for name, line in alike.items():
     print(f"{name:<18} mean {np.mean(list(line.values())):.3f}")
@@ -120,16 +109,8 @@ plots.by_layer(alike, "linear CKA of student and teacher", (0, 1))
 # Every convolution of the student against every one of the teacher, along the run with the kernel:
 
 # %%
-steps = analysis.saved_steps(kernel)
-chosen = [steps[i] for i in sorted({0, len(steps) // 3, 2 * len(steps) // 3, len(steps) - 1})]
-matrices = {}
-for step in chosen:
-    features = {}
-    for which, network in analysis.load(kernel, step).networks.items():
-        found = network.outputs(images[:256]).features
-        features[which] = {tap: found[tap] for tap in select_taps(found, "all")}
-    matrices[f"step {step}"] = analysis.cka(features["student"], features["teacher"])
-plots.cka_heatmaps(matrices, list(features["student"]), list(features["teacher"]))
+matrices, *every = analysis.along(kernel, images[:256])
+plots.cka_heatmaps({f"step {step}": matrix for step, matrix in matrices.items()}, *every)
 
 # %% [markdown]
 # ## How many directions are used
@@ -158,8 +139,4 @@ plots.by_layer(zeros, "exactly zero (fraction)", (0, 1))
 # ## The classifier's input
 
 # %%
-points = {
-    which: analysis.embedding(network.outputs(images).features["penultimate"], "tsne")
-    for which, network in run.networks.items()
-}
-plots.class_scatter(points, labels)
+plots.class_scatter(analysis.penultimate(run, images, "tsne"), labels)

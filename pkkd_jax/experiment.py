@@ -9,7 +9,7 @@ import optax
 from flax import linen
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, cost, data, distill, distributed, models, optim, runs
+from pkkd_jax import checkpoint, data, distill, distributed, models, optim, runs
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError, unknown
@@ -260,20 +260,6 @@ def _fixed_teacher(config: dict, model: linen.Module, image_shape: tuple[int, ..
         variables = _shapes(model, image_shape)
         variables = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), dict(variables))
     return distributed.from_first(variables)
-
-
-def costs(experiment: Experiment) -> tuple[dict[str, cost.Cost], str]:
-    """What an image costs the student and its twins (`cost.twins`), and one line that says so.
-
-    No costs and a line that says why, if they cannot be counted.
-    """
-    arguments = runs.network_arguments(experiment.config, "student")
-    try:
-        found = cost.twins(arguments, experiment.splits.train.image_shape)
-        return found, cost.line(found, arguments.get("conv", "conv"))
-    except Exception as error:  # of a twin that a user's own network has not, and which may train
-        text = " ".join(str(error).split())[:200]
-        return {}, f"not counted: {type(error).__name__}: {text}"
 
 
 def describe(experiment: Experiment, step: int, workdir: Path, cost_line: str) -> dict:

@@ -22,7 +22,6 @@ from pkkd_jax import analysis, checkpoint, command, distributed, memory, names, 
 USAGE = (
     "python -m pkkd_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.LEAF=VALUE]"
 )
-PICTURED = 256  # examples of which TensorBoard gets pictures
 
 
 def _define(values: flags.FlagValues) -> None:
@@ -131,9 +130,12 @@ def main(argv: list[str] | None = None) -> int:
             memory.trim()
 
     def at_picture(built, state):
-        splits = built.splits
-        examples = analysis.normalised(splits.test, PICTURED, splits.damage)
-        analysis.write_events(workdir, analysis.of_state(built, state), *examples)
+        try:
+            examples = analysis.normalised(built.splits.test, 0, built.splits.damage)
+            analysis.write_events(workdir, analysis.of_state(built, state), *examples)
+        except Exception as error:  # with a network of the user's own; the training goes on
+            text = " ".join(str(error).split())[:200]
+            warnings.warn(f"no pictures: {type(error).__name__}: {text}", stacklevel=2)
 
     def at_end(run_dir, results):
         analysis.plots.learning_curves({"": run_dir}).savefig(run_dir / "curves.png", dpi=120)

@@ -21,7 +21,6 @@ from absl import logging
 
 from pkkd_jax import analysis, config, cost, metrics, names, runs
 from pkkd_jax.analysis import plots
-from pkkd_jax.distill.taps import select_taps
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
@@ -31,7 +30,6 @@ th:first-child, td:first-child { text-align: left; }
 figure { margin: 1.5em 0; } img { max-width: 100%; } figcaption { color: #444; }
 pre { background: #f4f4f4; padding: 1em; overflow-x: auto; } .wide { overflow-x: auto; }
 """
-CHECKPOINTS = 4  # at most, in the heat maps of similarity along a run
 
 
 def _labels(run_dirs: list[str]) -> dict[str, Path]:
@@ -123,89 +121,74 @@ def _configurations(run_dirs: dict[str, Path]) -> str:
 
 
 def _cost(run: analysis.Run, image_shape: tuple[int, ...]) -> str:
-    counted = cost.twins(runs.network_arguments(run.config, "student"), image_shape)
+    counted, line = cost.described(runs.network_arguments(run.config, "student"), image_shape)
+    if not counted:
+        return f"<p>{html.escape(line)}</p>"
     head, *rows = cost.totals(counted)
     notes = " ".join(cost.notes(counted))
     return _table(head, rows) + f"<p>{html.escape(notes)}</p>"
 
 
-def _similarities(stages: dict) -> dict[str, dict[str, float]]:
-    """Stage -> tap -> linear CKA of student and teacher."""
-    return {
-        stage: {
-            tap: analysis.linear_cka(response, sides["teacher"][tap])
-            for tap, response in sides["student"].items()
-        }
-        for stage, sides in stages.items()
-        if "teacher" in sides
-    }
-
-
-def _along(run_dir: Path, images: np.ndarray, trust: bool):
-    """CKA of all convolutions' responses, student against teacher, at some of the checkpoints."""
-    steps = analysis.saved_steps(run_dir)
-    chosen = [
-        steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, CHECKPOINTS).round().astype(int))
-    ]
-    matrices = {}
-    for step in chosen:
-        networks = analysis.load(run_dir, step, trust).networks
-        features = {}
-        for which, network in networks.items():
-            found = network.outputs(images).features
-            features[which] = {tap: found[tap] for tap in select_taps(found, "all")}
-        matrices[f"step {step:,}"] = analysis.cka(features["student"], features["teacher"])
-    return plots.cka_heatmaps(matrices, list(features["student"]), list(features["teacher"]))
-
-
-def _pictures(label: str, run_dir: Path, run: analysis.Run, stages, images, labels, trust) -> str:
-    parts = [f"<h3>{html.escape(label)}, step {run.step:,}</h3>"]
+def _pictures(run_dir: Path, run: analysis.Run, stages, images, labels, trust) -> list[str]:
+    """Pictures of one run, as far as its networks have what they show."""
+    parts = []
     weights = {which: analysis.filters(network) for which, network in run.networks.items()}
-    parts.append(
-        _picture(
-            plots.filter_histograms(weights),
+    if analysis.shared_layers(weights):
+        caption = (
             "Filters with maximum-likelihood fits of Gauss and Laplace, and Vuong's z: positive"
-            " where the Laplacian is nearer.",
+            " where the Laplacian is nearer."
         )
-    )
+        parts.append(_picture(plots.filter_histograms(weights), caption))
     taps = list(stages["raw"]["student"])
-    tap = taps[len(taps) // 2]
-    parts.append(_picture(plots.response_histograms(stages, tap), "Responses, stage by stage."))
+    if taps:
+        histograms = plots.response_histograms(stages, taps[len(taps) // 2])
+        parts.append(_picture(histograms, "Responses, stage by stage."))
     history = analysis.sigma_history(run_dir)
     if history:
         parts.append(_picture(plots.sigmas(history), "Bandwidths of the kernels in training."))
-    if "teacher" in run.networks:
-        parts.append(
-            _picture(
-                _along(run_dir, images, trust),
-                "Linear CKA of raw responses, every convolution of the student against every one of"
-                " the teacher.",
-            )
-        )
-    features = {which: net.outputs(images).features for which, net in run.networks.items()}
-    points = {
-        which: analysis.embedding(found["penultimate"], "tsne")
-        for which, found in features.items()
-        if "penultimate" in found
-    }
+    if all(stages["raw"].get(which) for which in ("student", "teacher")):
+        found, *names_of = analysis.along(run_dir, images, trust=trust)
+        maps = plots.cka_heatmaps({f"step {k:,}": each for k, each in found.items()}, *names_of)
+        caption = "Linear CKA of raw responses of all convolutions, student against teacher."
+        parts.append(_picture(maps, caption))
+    points = analysis.penultimate(run, images, "tsne")
     if points:
         scatter = plots.class_scatter(points, labels)
         parts.append(_picture(scatter, "The classifier's input in two dimensions, by t-SNE."))
-    adders = [layer for layer in weights["student"] if layer != "stem"]
-    first = plots.filter_images(weights["student"][adders[0]], adders[0])
-    parts.append(_picture(first, "The student's first filters behind the stem."))
-    return "\n".join(parts)
+    behind = [layer for layer in weights["student"] if layer != "stem"]
+    if behind:
+        first = plots.filter_images(weights["student"][behind[0]], behind[0])
+        parts.append(_picture(first, "The student's first filters behind the stem."))
+    return parts
+
+
+def _numbers(label: str, network: analysis.Network, which: str, shares, alike) -> list:
+    filters = analysis.filters(network)
+    fits = [analysis.fit(each).better for layer, each in filters.items() if layer != "stem"]
+    zeros = list(shares.values())[1:]  # the first layer's are the images
+    return [
+        label,
+        which,
+        *(fits.count(kind) for kind in ("laplace", "gauss", "neither")),
+        f"{np.mean(zeros):.1%}" if zeros else "",
+        *(
+            f"{np.mean(list(alike[stage].values())):.3f}"
+            if which == "student" and alike.get(stage)
+            else ""
+            for stage in ("raw", "kernel", "rho")
+        ),
+    ]
 
 
 def write(
-    run_dirs: list[str], out: str | Path, images: int = 256, data_dir: str = "", trust: bool = False
+    run_dirs: list[str], out: str | Path, images: int = 0, data_dir: str = "", trust: bool = False
 ) -> Path:
     """Writes the page.
 
     Args:
       run_dirs: directories that trainings wrote, finished or not.
       out: the file.
-      images: number of unseen images whose responses are looked at.
+      images: number of unseen images whose responses are looked at, as of `analysis.examples`.
       data_dir: where the data sets' files are; the runs' own places if "".
       trust: whether what the runs name from outside the package is imported.
     Returns:
@@ -214,58 +197,55 @@ def write(
       UserError: if there is no such run, or its data set is not there.
     """
     labelled = _labels(run_dirs)
+    loaded = {label: analysis.load(run_dir, trust=trust) for label, run_dir in labelled.items()}
     if not Path(out).parent.is_dir():  # before minutes are spent
         raise names.UserError(f"--out={out}: its directory is not there; make it or choose another")
-    loaded = {label: analysis.load(run_dir, trust=trust) for label, run_dir in labelled.items()}
-    pictures, similarity, numbers, zeros, costs = [], {}, [], {}, []
+    similarity, zeros, numbers, costs, pictures, counts = {}, {}, [], [], [], set()
     for label, run in loaded.items():
         judge = "validation" if run.config["data"].get("validation") else "test"
-        seen, labels = analysis.examples(run, images, judge, data_dir, trust)
+        seen, classes = analysis.examples(run, images, judge, data_dir, trust)
+        counts.add(f"{len(seen)} {judge}")
         stages = analysis.responses(run, seen)
+        alike = analysis.similarities(stages)
         prefix = f"{label}, " if len(loaded) > 1 else ""
-        found = _similarities(stages)
-        similarity |= {f"{prefix}{stage}": line for stage, line in found.items()}
+        similarity |= {f"{prefix}{stage}": line for stage, line in alike.items() if line}
         for which, network in run.networks.items():
-            zeros[f"{prefix}{which}"] = shares = analysis.zero_shares(network, seen)
-            filters = analysis.filters(network)
-            fits = [analysis.fit(each).better for layer, each in filters.items() if layer != "stem"]
-            numbers.append(
-                [label, which, *(fits.count(kind) for kind in ("laplace", "gauss", "neither")),
-                 f"{np.mean(list(shares.values())[1:]):.1%}",
-                 *(f"{np.mean(list(found[s].values())):.3f}" if s in found and which == "student"
-                   else "" for s in ("raw", "kernel", "rho"))]
-            )  # fmt: skip
-        costs.append(f"<h3>{html.escape(label)}</h3>" + _cost(run, seen.shape[1:]))
-        pictures.append(_pictures(label, labelled[label], run, stages, seen, labels, trust))
+            zeros[prefix + which] = shares = analysis.zero_shares(network, seen)
+            numbers.append(_numbers(label, network, which, shares, alike))
+        heading = f"<h3>{html.escape(label)}, step {run.step:,}</h3>"
+        costs += [heading, _cost(run, seen.shape[1:])]
+        pictures += [heading, *_pictures(labelled[label], run, stages, seen, classes, trust)]
     head = ["", "network", "layers nearer Laplace", "nearer Gauss", "neither", "zeros",
             "CKA with the teacher, raw", "after the kernel", "after rho"]  # fmt: skip
-    title = "pkkd_jax: " + ", ".join(loaded)
     together = [_table(head, numbers)]
     if similarity:
         lines = plots.by_layer(similarity, "linear CKA", (0, 1))
         together.append(_picture(lines, "Similarity of student and teacher, tap by tap."))
     lines = plots.by_layer(zeros, "exactly zero (fraction)", (0, 1))
     together.append(_picture(lines, "Share of exactly zero features that each layer is given."))
+    curves = plots.learning_curves(labelled if len(labelled) > 1 else {"": run_dirs[0]})
     sections = {
-        "Results": _results(labelled),
-        "Curves": _picture(
-            plots.learning_curves(
-                labelled if len(labelled) > 1 else {"": next(iter(labelled.values()))}
-            ),
-            "Cross-entropy and accuracy in training.",
-        ),
-        "Cost of one image": "\n".join(costs),
-        f"Features and filters, {images} unseen images": "\n".join(together),
-        "Kernel space": "\n".join(pictures),
-        "Configuration": _configurations(labelled),
+        "Results": [_results(labelled)],
+        "Curves": [_picture(curves, "Cross-entropy and accuracy in training.")],
+        "Cost of one image": costs,
+        f"Features and filters, {' and '.join(sorted(counts))} images": together,
+        "Kernel space": pictures,
+        "Configuration": [_configurations(labelled)],
     }
-    body = "\n".join(f"<h2>{html.escape(name)}</h2>\n{part}" for name, part in sections.items())
-    page = (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n"
-        f"<body><h1>{html.escape(title)}</h1>\n{body}\n</body></html>\n"
-    )
-    Path(out).write_text(page)
+    body = [line for name, parts in sections.items() for line in (f"<h2>{name}</h2>", *parts)]
+    title = html.escape("pkkd_jax: " + ", ".join(loaded))
+    page = [
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">',
+        f"<title>{title}</title><style>{STYLE}</style></head>",
+        f"<body><h1>{title}</h1>",
+        *body,
+        "</body></html>\n",
+    ]
+    try:
+        Path(out).write_text("\n".join(page), encoding="utf-8")
+    except OSError as error:
+        text = f"--out={out} cannot be written: {error.strerror}; choose another"
+        raise names.UserError(text) from error
     return Path(out)
 
 
@@ -275,7 +255,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m pkkd_jax.report", allow_abbrev=False)
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR")
     parser.add_argument("--out", default="", help="default: report.html in the first run directory")
-    parser.add_argument("--images", type=int, default=256, help="unseen images to look at")
+    parser.add_argument("--images", type=int, default=0, help="unseen ones; default: 256 or fewer")
     parser.add_argument("--data_dir", default="", help="where the data sets' files are")
     parser.add_argument("--trust", action="store_true", help="import what runs name from outside")
     given = parser.parse_args(argv)
@@ -284,12 +264,6 @@ def main(argv: list[str] | None = None) -> int:
         path = write(given.run_dirs, out, given.images, given.data_dir, given.trust)
     except names.UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: {error.strerror}: {str(error.filename)!r}; choose another --out",
-            file=sys.stderr,
-        )
         return 2
     print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
     return 0

@@ -258,7 +258,8 @@ def train_and_evaluate(
             )
             at_exit.callback(checkpoints.close)
             found = checkpoints.newest()
-            costs, cost_line = experiment.costs(built)
+            arguments = runs.network_arguments(built.config, "student")
+            costs, cost_line = cost.described(arguments, built.splits.train.image_shape)
             at_start(experiment.describe(built, found[0] if found else 0, workdir, cost_line))
             if found and found[0] == built.total_steps:
                 results = metrics.read_json(workdir / "results.json")
@@ -381,8 +382,6 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
         write(found)
         if writer:
             at_interval({**figures, "step": step, "total_steps": total})
-            if step in built.picture_steps:
-                at_picture(built, jax.device_get(state))
         since = step, time.perf_counter()
         return found
 
@@ -404,11 +403,20 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
         saved_at = time.perf_counter()
         agreement.asked.clear()  # what was asked before does not ask for another
 
+    def evaluate_and_save():
+        nonlocal since
+        found = evaluate()
+        save(found[judged])
+        if writer and step in built.picture_steps:
+            at_picture(built, jax.device_get(state))
+            since = step, time.perf_counter()
+        return found
+
     results: dict = {}
     with _signals(at_signal) as received:
         missing = step in built.eval_steps and judged not in last
         if distributed.from_first(np.int32(missing)):
-            results = evaluate()  # a signal had cut it off
+            results = evaluate_and_save()  # a signal had cut it off
         for batch in built.splits.train_batches(step, total, config["accumulate_steps"]):
             state, row = update(state, batch)
             pending.append(row)
@@ -421,9 +429,9 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
                 wish = max(wish, wishes())
             obey(wish)
             if evaluates:
-                results = evaluate()
-            if evaluates or wish:
-                save(results[judged] if evaluates else None)
+                results = evaluate_and_save()
+            elif wish:
+                save()
         results = results or evaluate()
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     versions["pkkd_jax"] = metadata.version("pkkd_jax")

@@ -113,8 +113,8 @@ def init_state(
 
         @jax.jit
         def init_losses(student_variables, teacher_variables, plain):
-            outputs = forward(recipe.student, student_variables, plain, True, dropout_key)[0]
-            targets = forward(recipe.teacher, teacher_variables, plain, learns, dropout_key)[0]
+            outputs = _forward(recipe.student, student_variables, plain, True, dropout_key)[0]
+            targets = _forward(recipe.teacher, teacher_variables, plain, learns, dropout_key)[0]
             keys = jax.random.split(losses_key, len(recipe.losses) + 1)
             params = {
                 name: loss.init(key, outputs, targets)
@@ -129,7 +129,7 @@ def init_state(
     return DistillState(np.int32(0), student, teacher, distiller)
 
 
-def forward(model, variables, images, train, dropout_key) -> tuple[Outputs, Any]:
+def _forward(model, variables, images, train, dropout_key) -> tuple[Outputs, Any]:
     """Outputs and new batch statistics; the old ones in evaluation mode."""
     if not train:
         return model.apply(variables, images, train=False), variables["batch_stats"]
@@ -178,7 +178,7 @@ def _terms(recipe: Recipe) -> Callable:
         metrics, new_stats, found, targets = {}, {}, {}, None
         if teacher_model is not None:
             variables = {"params": params["teacher"], "batch_stats": stats["teacher"]}
-            targets, new_stats["teacher"] = forward(
+            targets, new_stats["teacher"] = _forward(
                 teacher_model, variables, images, recipe.teacher_learns, key
             )
             ce = cross_entropy(targets.logits, labels)
@@ -186,7 +186,7 @@ def _terms(recipe: Recipe) -> Callable:
             metrics |= {"teacher/loss": ce, "teacher/accuracy": accuracy(targets.logits, labels)}
             targets = lax.stop_gradient(targets)
         variables = {"params": params["student"], "batch_stats": stats["student"]}
-        outputs, new_stats["student"] = forward(student_model, variables, images, True, key)
+        outputs, new_stats["student"] = _forward(student_model, variables, images, True, key)
         ce = cross_entropy(outputs.logits, labels)
         found["ce"] = recipe.alpha * ce
         metrics |= {"student/loss_ce": ce, "student/accuracy": accuracy(outputs.logits, labels)}
@@ -338,7 +338,7 @@ def first_not_finite(recipe: Recipe, state: DistillState, batch) -> str:
                     continue
                 variables = {"params": params[name], "batch_stats": stats[name]}
                 model = _synchronised(model) if train else model
-                outputs, _ = forward(model, variables, images, train, key)
+                outputs, _ = _forward(model, variables, images, train, key)
                 layers = list(outputs.features)
                 for tap, response in outputs.features.items():
                     note(f"the {name}'s response of {tap} is", response)
@@ -497,7 +497,7 @@ def batch_statistics(model: linen.Module, augmentation: Mapping[str, Any]) -> Ca
         positions = lax.axis_index(AXIS) * images.shape[0] + jnp.arange(images.shape[0])
         images = data.augment(key, images, positions, **augmentation)
         with linen.intercept_methods(without_memory):
-            _, stats = forward(model, variables, images, True, key)
+            _, stats = _forward(model, variables, images, True, key)
         return lax.pmean(stats, AXIS)
 
     return statistics

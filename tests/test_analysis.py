@@ -1,19 +1,23 @@
 """What analysis reads out of a run: responses, similarity, distributions, and pictures."""
 
+import dataclasses
 import io
 import itertools
 import json
 import runpy
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 from tensorboardX.proto import event_pb2
 from trainings import MINE, QUICKSTART, command
 
-from pkkd_jax import analysis, distill, experiment, main
+from pkkd_jax import analysis, distill, experiment, main, report
 from pkkd_jax.analysis import plots
 from pkkd_jax.names import UserError
+from pkkd_jax.nn import Outputs
 
 
 def rng(seed=0):
@@ -65,8 +69,11 @@ def test_examples_are_the_same_ones_always_and_normalised(run, examples):
     images, labels = analysis.examples(run, 10_000, split="train")
     assert len(images) == len(labels) == 1437
     np.testing.assert_allclose((images.mean(), images.std()), (0, 1), atol=0.01)
-    with pytest.raises(UserError, match="count=0"):
-        analysis.examples(run, 0)
+    assert len(analysis.examples(run)[0]) == 256
+    with pytest.raises(UserError, match="count=-1"):
+        analysis.examples(run, -1)
+    with pytest.raises(UserError, match=r"unknown split 'validation'.*test, train"):
+        analysis.examples(run, 8, "validation")  # the run held out none
 
 
 def test_responses_are_those_of_the_networks(run, examples, stages):
@@ -121,8 +128,18 @@ def test_runs_without_pkkd_have_raw_responses(examples):
     assert list(found["raw"]) == ["student", "teacher"]
     alone = untrained("distill=none", **{"teacher.mode": "none"})
     assert list(analysis.responses(alone, examples[0])["raw"]) == ["student"]
-    no_kernel = untrained(None, **{"distill.pkkd.kernel": False})
-    assert list(analysis.responses(no_kernel, examples[0])) == ["raw", "rho"]
+    other = analysis.responses(untrained("distill=kd,teacher=vgg_small"), examples[0])["raw"]
+    assert list(other["teacher"]) == [f"conv{i}" for i in range(1, 6)]
+    assert analysis.similarities({"raw": other}) == {"raw": {}}
+
+
+def test_what_learns_nothing_need_not_be_stored(examples):
+    nothing = {"distill.pkkd.kernel": False, "distill.pkkd.learn_rho_student": False}
+    start = untrained(None, **nothing)
+    stored = dataclasses.replace(start, losses={})  # as a checkpoint has it
+    found, wanted = (analysis.responses(each, examples[0]) for each in (stored, start))
+    assert list(found) == ["raw", "rho"]
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 def test_a_fixed_teacher_has_its_running_statistics(run_dir, examples):
@@ -132,12 +149,14 @@ def test_a_fixed_teacher_has_its_running_statistics(run_dir, examples):
     np.testing.assert_array_equal(teacher.outputs(examples[0]).logits, logits)
 
 
-def test_parts_from_outside_are_imported_if_trusted_alone(tmp_path, monkeypatch):
+def test_parts_from_outside_are_imported_if_trusted_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
-    arguments = command(tmp_path / "run")
+    arguments = command(tmp_path / "run", "--config.eval.pictures=1")
     arguments[1] += ":distill=mine.logits,student=mine.Net,data=mine.data"
-    assert main.main(arguments) == 0
+    monkeypatch.setattr(analysis, "write_events", lambda *_: 1 / 0)
+    assert main.main(arguments) == 0  # whatever becomes of the pictures
+    assert "no pictures: ZeroDivisionError" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"mine\.Net.*trust=True"):
         analysis.load(tmp_path / "run")
     mine = analysis.load(tmp_path / "run", trust=True)
@@ -147,6 +166,26 @@ def test_parts_from_outside_are_imported_if_trusted_alone(tmp_path, monkeypatch)
     shares = analysis.zero_shares(mine.networks["student"], images)
     assert len(shares) == 3  # two convolutions and a classifier, named by Flax
     assert all(0 <= share <= 1 for share in shares.values())
+    assert report.main([str(tmp_path / "run"), "--images=8"]) == 2
+    assert report.main([str(tmp_path / "run"), "--images=8", "--trust"]) == 0
+
+
+class Unusual(linen.Module):
+    """Half of its classifier's inputs are zeros, and as many as are left are dropped."""
+
+    @linen.compact
+    def __call__(self, x, *, train):
+        x = linen.remat(linen.Dense)(8, name="hidden")(x.reshape(len(x), -1))
+        x = jnp.concatenate([x, jnp.zeros_like(x)], -1)
+        x = linen.Dropout(0.5, deterministic=not train)(x)
+        return Outputs(linen.Dense(3, name="classifier")(inputs=x), {})
+
+
+def test_dropout_makes_no_zeros_and_layers_may_be_wrapped_and_called_by_keywords():
+    images = rng().normal(size=(5, 4, 4, 1)).astype(np.float32)
+    variables = Unusual().init(jax.random.key(0), images, train=False)
+    shares = analysis.zero_shares(analysis.Network(Unusual(), variables), images)
+    assert shares == {"hidden": 0.0, "classifier": 0.5}
 
 
 def test_zero_shares_are_of_each_layers_input(run, examples):
@@ -176,7 +215,7 @@ def test_sigma_history_is_what_the_training_logged(run_dir, run):
 
 def test_tensorboard_gets_histograms_and_pictures_at_the_interval_asked_for(run_dir):
     kinds, steps = {}, set()
-    for path in sorted((run_dir / "tensorboard").iterdir()):
+    for path in sorted((run_dir / "tensorboard" / "pictures").iterdir()):
         for event in events(path):
             for value in event.summary.value:
                 kind = value.WhichOneof("value")
@@ -244,6 +283,7 @@ def test_effective_rank_and_variance_count_directions():
     mixed = signals @ rng(1).normal(size=(2, 9))
     assert 1 < analysis.effective_rank(mixed + 5) <= 2
     assert analysis.effective_rank(3 * rng().normal(size=(40_000, 6))) == pytest.approx(6, abs=0.01)
+    assert analysis.effective_rank(np.ones((5, 4))) == 0
     assert analysis.variance(3 * signals - 1) == pytest.approx(9, rel=0.05)
 
 
@@ -291,6 +331,12 @@ def test_an_embedding_keeps_most_of_the_variance():
     np.testing.assert_allclose(np.linalg.norm(found, axis=0), singular[:2])
     np.testing.assert_array_equal(analysis.embedding(features[:, :2]), features[:, :2])
     assert analysis.embedding(features, "tsne").shape == (30, 2)
+    for method in ("pca", "tsne"):  # of a network that has collapsed
+        np.testing.assert_array_equal(
+            analysis.embedding(np.ones((30, 5)), method), np.zeros((30, 2))
+        )
+    with pytest.raises(UserError, match="not finite"):
+        analysis.embedding(features * np.nan)
     with pytest.raises(UserError, match="'umap'"):
         analysis.embedding(features, "umap")
 

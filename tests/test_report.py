@@ -70,7 +70,7 @@ def test_a_run_without_a_teacher_has_a_page(alone_run, tmp_path):
     [
         (["{nowhere}"], "holds no config.json"),
         (["{run}", "{run}"], "named twice"),
-        (["{run}", "--images=0"], "count=0"),
+        (["{run}", "--images=-1"], "count=-1"),
         (["{run}", "--images=12", "--out={nowhere}/page.html"], "make it or choose another"),
     ],
 )

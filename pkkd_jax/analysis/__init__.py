@@ -10,17 +10,15 @@ Everything returns plain arrays; `analysis.plots` draws them.
 
 from pkkd_jax.analysis import plots
 from pkkd_jax.analysis.events import write as write_events
-from pkkd_jax.analysis.run import (
-    Network,
-    Run,
-    examples,
-    load,
-    normalised,
-    of_state,
+from pkkd_jax.analysis.features import (
+    along,
+    penultimate,
     responses,
     sigma_history,
+    similarities,
     zero_shares,
 )
+from pkkd_jax.analysis.run import Network, Run, examples, load, normalised, of_state
 from pkkd_jax.analysis.similarity import (
     cka,
     effective_rank,
@@ -31,13 +29,14 @@ from pkkd_jax.analysis.similarity import (
     rbf_gram,
     variance,
 )
-from pkkd_jax.analysis.weights import Fit, filters, fit
+from pkkd_jax.analysis.weights import Fit, filters, fit, shared_layers
 from pkkd_jax.checkpoint import saved_steps
 
 __all__ = [
     "Fit",
     "Network",
     "Run",
+    "along",
     "cka",
     "effective_rank",
     "embedding",
@@ -49,12 +48,15 @@ __all__ = [
     "load",
     "normalised",
     "of_state",
+    "penultimate",
     "plots",
     "rbf_cka",
     "rbf_gram",
     "responses",
     "saved_steps",
+    "shared_layers",
     "sigma_history",
+    "similarities",
     "variance",
     "write_events",
     "zero_shares",

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 
 from pkkd_jax.analysis import plots
-from pkkd_jax.analysis.run import Run, responses
-from pkkd_jax.analysis.similarity import cka, embedding
-from pkkd_jax.analysis.weights import filters
+from pkkd_jax.analysis.features import penultimate, responses
+from pkkd_jax.analysis.run import Run
+from pkkd_jax.analysis.similarity import cka
+from pkkd_jax.analysis.weights import filters, shared_layers
 
 logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
@@ -17,7 +18,8 @@ def write(run_dir: str | Path, run: Run, images: np.ndarray, labels: np.ndarray)
     """Adds histograms of filters and responses, and pictures, under the step of `run`.
 
     Args:
-      run_dir: the run directory, whose `tensorboard` they go to.
+      run_dir: the run directory, to whose `tensorboard/pictures` they go: TensorBoard reads one
+        file of a directory at a time, and the scalars' is still written.
       run: the training as it stands.
       images: float32 `[n, height, width, channels]`, normalised.
       labels: int `[n]`.
@@ -26,7 +28,8 @@ def write(run_dir: str | Path, run: Run, images: np.ndarray, labels: np.ndarray)
 
     weights = {which: filters(network) for which, network in run.networks.items()}
     stages = responses(run, images)
-    with SummaryWriter(str(Path(run_dir) / "tensorboard")) as writer:
+    folder, suffix = Path(run_dir) / "tensorboard" / "pictures", f".{run.step}"
+    with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
 
         def histograms(name, arrays):
             for key, values in arrays.items():
@@ -39,13 +42,12 @@ def write(run_dir: str | Path, run: Run, images: np.ndarray, labels: np.ndarray)
             histograms(f"filters/{which}", weights[which])
             for stage, sides in stages.items():
                 histograms(f"{stage}/{which}", sides[which])
-        features = {which: net.outputs(images).features for which, net in run.networks.items()}
-        points = {w: embedding(f["penultimate"]) for w, f in features.items() if "penultimate" in f}
+        points = penultimate(run, images)
         if points:
             picture("penultimate", plots.class_scatter(points, labels))
-        picture("filters", plots.filter_histograms(weights))
+        if shared_layers(weights):
+            picture("filters", plots.filter_histograms(weights))
         for stage, sides in stages.items():
-            if len(sides) == 2:
-                taps = list(sides["student"])
-                matrix = cka(sides["student"], sides["teacher"])
-                picture(f"cka/{stage}", plots.cka_heatmaps({stage: matrix}, taps, taps))
+            if all(sides.get(which) for which in ("student", "teacher")):
+                matrix = {stage: cka(sides["student"], sides["teacher"])}
+                picture(f"cka/{stage}", plots.cka_heatmaps(matrix, *map(list, sides.values())))

@@ -12,7 +12,7 @@ import numpy as np
 
 from pkkd_jax import metrics
 from pkkd_jax.analysis.similarity import effective_rank
-from pkkd_jax.analysis.weights import fit
+from pkkd_jax.analysis.weights import fit, shared_layers
 from pkkd_jax.names import UserError
 
 COLOURS = ("#0072B2", "#E69F00", "#000000", "#CC79A7", "#009E73", "#D55E00", "#56B4E9")
@@ -42,11 +42,10 @@ def learning_curves(run_dirs: Mapping[str, str | Path]):
         ones; of several, unseen ones alone.
     """
     figure, ((loss, accuracy),) = _figure(1, 2, 5, 4)
-    colours = itertools.cycle(COLOURS)
-    for label, run_dir in run_dirs.items():
-        rows, colour = metrics.read(Path(run_dir)), next(colours)
+    for (label, run_dir), line in zip(run_dirs.items(), itertools.cycle(STYLES), strict=False):
+        rows = metrics.read(Path(run_dir))
         for network, style in (("student", "-"), ("teacher", "--")):
-            for split, marker in (("train", ""), ("test", "o"), ("validation", "o")):
+            for split in ("train", "test", "validation"):
                 if split == "train" and len(run_dirs) > 1:
                     continue
                 for axes, what in ((loss, "loss"), (accuracy, "accuracy")):
@@ -58,9 +57,9 @@ def learning_curves(run_dirs: Mapping[str, str | Path]):
                         axes.plot(
                             *zip(*points, strict=True),
                             linestyle=style,
-                            marker=marker,
+                            marker="" if split == "train" else line["marker"],
                             markersize=4,
-                            color=colour,
+                            color=line["color"],
                             label=", ".join(filter(None, [label, network, split])),
                         )
     loss.set_yscale("log")
@@ -102,15 +101,15 @@ def filter_histograms(
       networks: label -> layer -> filters, side by side, such as `analysis.filters` of a CNN and of
         an ANN.
       layers: rows; the second, the middle and the last that all have, if None.
+    Raises:
+      UserError: if there is none.
     """
     from scipy import stats
 
     if layers is None:
-        shared = [
-            layer
-            for layer in next(iter(networks.values()))
-            if all(layer in filters for filters in networks.values())
-        ]
+        shared = shared_layers(networks)
+        if not shared:
+            raise UserError(f"{', '.join(networks)} have no layer of filters in common: name some")
         layers = list(
             dict.fromkeys(shared[i] for i in (min(1, len(shared) - 1), len(shared) // 2, -1))
         )
@@ -151,6 +150,9 @@ def response_histograms(stages: Mapping[str, Mapping[str, Mapping[str, np.ndarra
     units = {"raw": "response", "kernel": "response after the kernel", "rho": "response after rho"}
     for row, network in zip(grid, networks, strict=True):
         for axes, (stage, found) in zip(row, stages.items(), strict=True):
+            if tap not in found[network]:  # of another architecture
+                axes.set_axis_off()
+                continue
             values = found[network][tap]
             axes.hist(values.ravel(), bins=80, color=COLOURS[0 if network == "student" else 1])
             axes.set_yscale("log")
@@ -179,7 +181,9 @@ def cka_heatmaps(matrices: Mapping[str, np.ndarray], rows: list[str], columns: l
         axes.set_axis_off()
     for axes, (title, matrix) in zip(grid.ravel(), matrices.items(), strict=False):
         image = axes.imshow(matrix, vmin=0, vmax=1, cmap=SEQUENTIAL)
-        axes.set_title(f"{title} (diagonal {np.diag(matrix).mean():.2f})", fontsize="small")
+        if rows == columns:
+            title += f" (diagonal {np.diag(matrix).mean():.2f})"
+        axes.set_title(title, fontsize="small")
         axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize="x-small")
         axes.set_yticks(range(len(rows)), rows, fontsize="x-small")
         axes.set_xlabel("teacher")

@@ -80,7 +80,8 @@ def cka(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], gram=linear_gr
 
 
 def effective_rank(features: np.ndarray) -> float:
-    """Participation ratio `tr(C)^2 / tr(C^2)` of the channels' covariance C, in [1, channels].
+    """Participation ratio `tr(C)^2 / tr(C^2)` of the channels' covariance C, in [1, channels]; 0 if
+    they are constant.
 
     Args:
       features: `[..., channels]`.
@@ -103,25 +104,34 @@ def embedding(features: np.ndarray, method: str = "pca") -> np.ndarray:
     """Two coordinates for each of `n` examples.
 
     Args:
-      features: `[n, ...]`; if they are two already they are returned as they are.
+      features: `[n, ...]`; if they are two already they are returned as they are, and if they are
+        constant, zeros.
       method: "pca", the first two principal components, or "tsne", by scikit-learn.
     Returns:
       float64 `[n, 2]`.
     Raises:
-      UserError: for another method, or for too few examples.
+      UserError: for another method, for too few examples, or for features that are not finite.
     """
     flat = np.asarray(features, np.float64).reshape(len(features), -1)
     if flat.shape[1] == 2:
         return flat
     if len(flat) < 4:
         raise UserError(f"an embedding of {len(flat)} examples: at least 4 are needed")
-    if method == "pca":
+    if method not in ("pca", "tsne"):
+        raise UserError(f"{method=}: expected 'pca' or 'tsne'")
+    if not np.isfinite(flat).all():
+        raise UserError("an embedding of features that are not finite: look at an earlier step")
+    found = np.zeros((len(flat), 2))
+    varying = flat[:, np.ptp(flat, 0) > 0]
+    if varying.shape[1] < 2:  # for which scikit-learn has no answer, or ends the program
+        found[:, : varying.shape[1]] = rows(varying)
+    elif method == "pca":
         from sklearn.decomposition import PCA
 
-        return PCA(2, random_state=0).fit_transform(flat)
-    if method == "tsne":
+        found[:] = PCA(2, random_state=0).fit_transform(varying)
+    else:
         from sklearn.manifold import TSNE
 
         perplexity = min(30.0, (len(flat) - 1) / 3)
-        return TSNE(2, perplexity=perplexity, random_state=0).fit_transform(flat).astype(np.float64)
-    raise UserError(f"{method=}: expected 'pca' or 'tsne'")
+        found[:] = TSNE(2, perplexity=perplexity, random_state=0).fit_transform(varying)
+    return found

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Mapping
 
 import numpy as np
 from flax import traverse_util
@@ -84,3 +85,9 @@ def filters(network: Network) -> dict[str, np.ndarray]:
         return layer != "stem", [int(word) if word.isdigit() else word for word in words]
 
     return {layer: found[layer] for layer in sorted(found, key=place)}
+
+
+def shared_layers(networks: Mapping[str, Mapping[str, np.ndarray]]) -> list[str]:
+    """Layers that all of `networks`, label -> layer -> filters, have, in the order of the first."""
+    first, *others = networks.values()
+    return [layer for layer in first if all(layer in filters for filters in others)]

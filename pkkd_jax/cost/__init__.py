@@ -7,7 +7,7 @@ package's. On the command line, for the student of a configuration and its twins
 """
 
 from pkkd_jax.cost.figures import ENERGY_PJ, Cost, Layer, Operations
-from pkkd_jax.cost.tables import line, markdown, notes, text, to_json, totals, write
+from pkkd_jax.cost.tables import described, line, markdown, notes, text, to_json, totals, write
 from pkkd_jax.cost.trace import count
 from pkkd_jax.cost.twins import TWINS, twins
 
@@ -18,6 +18,7 @@ __all__ = [
     "Layer",
     "Operations",
     "count",
+    "described",
     "line",
     "markdown",
     "notes",

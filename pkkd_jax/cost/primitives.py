@@ -1,7 +1,7 @@
 """What one equation of a trace costs, by the name of its primitive.
 
 A comparison is an addition; a division, a root or a transcendental function is a multiplication.
-The sign of a number, a selection and the operations of logic are free, as is moving data.
+A negation, a magnitude, a selection and the operations of logic are free, as is moving data.
 """
 
 import math

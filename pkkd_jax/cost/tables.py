@@ -1,11 +1,12 @@
 """Costs as tables, as JSON, and in one line."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pkkd_jax import metrics
 from pkkd_jax.cost.figures import COLUMNS, Cost, Layer
-from pkkd_jax.cost.twins import TWINS
+from pkkd_jax.cost.twins import TWINS, twins
 
 PREFIXES = {1e-12: "p", 1e-9: "n", 1e-6: "u", 1e-3: "m", 1: "", 1e3: "k", 1e6: "M", 1e9: "G"}
 
@@ -157,6 +158,21 @@ def line(costs: Mapping[str, Cost], conv: str) -> str:
         energy += f" instead of {_joules(cnn.energy_pj())}"
     missing = f", without {', '.join(own.not_counted)}" if own.not_counted else ""
     return f"{found}, {energy} in float32{missing}"
+
+
+def described(
+    arguments: Mapping[str, Any], image_shape: Sequence[int]
+) -> tuple[dict[str, Cost], str]:
+    """`twins`, and `line` of the network itself; none and why, where they cannot be counted.
+
+    So it can be with a twin that a user's own network has not.
+    """
+    try:
+        found = twins(arguments, image_shape)
+        return found, line(found, arguments.get("conv", "conv"))
+    except Exception as error:  # of any kind, in code of the user's
+        text = " ".join(str(error).split())[:200]
+        return {}, f"not counted: {type(error).__name__}: {text}"
 
 
 def write(run_dir: Path, costs: Mapping[str, Cost]) -> None:

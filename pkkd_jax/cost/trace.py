@@ -28,7 +28,8 @@ def count(model: linen.Module, image_shape: Sequence[int]) -> Cost:
     Only what depends on the image counts: what is computed of variables alone is a constant of the
     deployed network. So does only what the logits need, if `model` returns `Outputs`. A
     scan counts as often as it runs, and a condition by its dearest branch. What cannot be counted,
-    such as a loop of unknown length, is named in `not_counted`.
+    such as a loop of unknown length, is named in `not_counted`. What `linen.jit` holds is in the
+    totals, but may stand in another layer or column.
 
     Args:
       model: called as `model.apply(variables, images, train=False)`.
@@ -173,7 +174,7 @@ class _Counter:
             key = "jaxpr" if "jaxpr" in equation.params else "call_jaxpr"
             return self.walk(_inner(equation.params[key]), inputs, flags, module, times)
         if name == "scan":
-            return self._scan(equation, inputs, module, times)
+            return self._scan(equation, inputs, flags, module, times)
         if name == "cond":
             return self._dearest(equation, inputs, flags, module, times)
         if (done := primitives.terms(equation)) is not None:
@@ -213,13 +214,21 @@ class _Counter:
         for origin in frozenset().union(*(value.origins for value in inputs)):
             sums["params"] += self.sizes.pop(origin, 0)
 
-    def _scan(self, equation, inputs, module: _Module, times: int) -> list[_Value]:
+    def _scan(self, equation, inputs, flags, module: _Module, times: int) -> list[_Value]:
         body = _inner(equation.params["jaxpr"])
+        flags = list(flags)
         # Operands are constants, carry and what is scanned, results carry and what is stacked; the
         # parameters that say how many have changed from version to version, the ranks have not.
         last = _of_same_rank(equation.invars, body.invars)
         first = last - _of_same_rank(equation.outvars, body.outvars)
-        wanted = [True] * len(body.outvars)
+        while True:  # what of the carry the wanted results need, round after round
+            needed = {v for each, _ in _live(body, flags) for v in filter(_named, each.invars)}
+            needed |= {v for v, want in zip(body.outvars, flags, strict=True) if want and _named(v)}
+            more = [v in needed for v in body.invars[first:last]]
+            wanted = [a or b for a, b in zip(flags, more, strict=False)] + flags[len(more) :]
+            if wanted == flags:
+                break
+            flags = wanted
         while True:  # until what the body does to its carry is known
             results = copy.deepcopy(self).walk(body, inputs, wanted, module, 0)
             carry = [

@@ -24,6 +24,7 @@ __all__ = [
     "build_source",
     "eval_batches",
     "normalise",
+    "open_source",
     "take",
     "train_batches",
 ]
@@ -63,7 +64,9 @@ def open_source(split: str, *, name: str, validation: int = 0, **arguments: Any)
     Those of TFDS read their files only when they are asked for examples: what they say of shape and
     classes can be had without the files. Arguments are those of `build_source`.
     """
-    del validation
+    allowed = ("train", "test", *(["validation"] if validation else []))
+    if split not in allowed:
+        raise names.unknown("split", split, allowed)
     whole = "test" if split == "test" else "train"
     return names.call("pkkd_jax.data.sources", name, "data set", split=whole, **arguments)
 
@@ -83,7 +86,7 @@ def build_source(
       UserError: if there is no such source or it does not take these arguments, or its files are
         not there or too many of its examples cannot be read.
     """
-    source = open_source(split, name=name, **arguments)
+    source = open_source(split, name=name, validation=validation, **arguments)
     if not len(source):  # the first that needs the files
         raise names.UserError(f"data set {name!r} has no images for {split!r}: mend it")
     if source.augmentation not in AUGMENTATIONS:

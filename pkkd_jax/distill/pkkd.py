@@ -201,7 +201,8 @@ def pkkd(
                     found["kernel"][side][tap] = z
                 centred = z - mean(z, None)
                 covariance = moments(centred, centred, None) if batch_norm else None
-                matrix = rho(params["rho"][tap].get(side), covariance, z.shape[-1])
+                learnt = params.get("rho", {}).get(tap, {}).get(side)  # nothing is stored of none
+                matrix = rho(learnt, covariance, z.shape[-1])
                 found["rho"][side][tap] = (centred if batch_norm else z) @ matrix
         return found
 
