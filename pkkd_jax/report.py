@@ -79,7 +79,7 @@ def _results(run_dirs: dict[str, Path]) -> str:
         "cross-entropy",
         "images",
         "step",
-        "time, h",
+        "hours",
     ]
     rows = []
     for label, run_dir in run_dirs.items():

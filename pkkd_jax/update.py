@@ -279,13 +279,14 @@ def joint_update(recipe: Recipe) -> Callable:
         teacher = state.teacher
         if recipe.teacher_learns and teacher is not None:
             teacher = learn(recipe.optimiser, teacher, gradients["teacher"], stats["teacher"])
-        unweighted = {
-            name: jax.tree.map(
-                lambda g, w=weight: g / jnp.where(w == 0, 1.0, w), gradients["distiller"][name]
-            )
-            for name, weight in _weights(recipe, state.step).items()
-        }
-        distiller = learn(recipe.distiller_optimiser, state.distiller, unweighted, {})
+        weights = _weights(recipe, state.step)
+
+        def unweighted(name, tree):
+            weight = weights.get(name, 1.0)
+            return jax.tree.map(lambda g: g / jnp.where(weight == 0, 1.0, weight), tree)
+
+        learnt = {name: unweighted(name, tree) for name, tree in gradients["distiller"].items()}
+        distiller = learn(recipe.distiller_optimiser, state.distiller, learnt, {})
         new = DistillState(state.step, student, teacher, distiller)
         finite = _finite((new, metrics))
         new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
