@@ -51,7 +51,9 @@ plots.learning_curves(run_dirs)
 #
 # The paper holds that filters of convolutions are Gaussian and those of adders Laplacian. Both
 # distributions are fitted to every layer by maximum likelihood; Vuong's test says which is nearer,
-# or that there is no telling.
+# or that there is no telling. Here it holds: all adder layers of both students are nearer to
+# Laplace, and 17 of the teacher's 20 convolutions to Gauss. (The teacher is the same in both
+# trainings: nothing of the student reaches it.)
 
 # %%
 networks = {
@@ -78,7 +80,8 @@ plots.filter_images(weights["student"][first], f"first adder layer, {first}")
 # ## Responses before and after the kernel
 #
 # An adder's response is a negative distance, whose kernel lies between 0 and 1. A convolution's has
-# both signs, and its exponential has a long tail.
+# both signs, and its exponential has a long tail, which rho keeps. Sigma of the student's kernel
+# learns: it falls while the rate is highest, and then rises a little.
 
 # %%
 stages = {label: analysis.responses(run, images) for label, run in runs.items()}
@@ -106,6 +109,12 @@ for name, line in alike.items():
 plots.by_layer(alike, "linear CKA of student and teacher", (0, 1))
 
 # %% [markdown]
+# It does not, here: with the kernel the raw responses are less alike than in the training without
+# it, at eight of the nine taps, and so are those after rho. Right after the kernel they are least
+# alike, in the first two blocks and in the last above all, where few large responses of the teacher
+# outweigh the others. That the student with the kernel is 0.4 points more accurate, of one run
+# each, is thus not because it copies the teacher more closely.
+#
 # Every convolution of the student against every one of the teacher, along the run with the kernel:
 
 # %%
@@ -116,7 +125,8 @@ plots.cka_heatmaps({f"step {step}": matrix for step, matrix in matrices.items()}
 # ## How many directions are used
 #
 # The effective rank of the channels' covariance. A loss that two sides can make zero by sharing one
-# direction would show here.
+# direction would show here. None has collapsed, and after rho the student uses fewer directions
+# than the teacher.
 
 # %%
 ranks = {
@@ -129,7 +139,8 @@ plots.by_layer(ranks, "effective rank (channels)", (0, None))
 # %% [markdown]
 # ## Zeros
 #
-# The share of exactly zero features that each layer is given.
+# The share of exactly zero features that each layer is given. Adder networks are reported to be
+# sparser than others; these students are a little less so than their teacher.
 
 # %%
 zeros = {name: analysis.zero_shares(network, images[:256]) for name, network in networks.items()}

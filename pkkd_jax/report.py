@@ -200,7 +200,7 @@ def write(
     loaded = {label: analysis.load(run_dir, trust=trust) for label, run_dir in labelled.items()}
     if not Path(out).parent.is_dir():  # before minutes are spent
         raise names.UserError(f"--out={out}: its directory is not there; make it or choose another")
-    similarity, zeros, numbers, costs, pictures, counts = {}, {}, [], [], [], set()
+    similarity, zeros, numbers, costs, pictures, counts = {}, {}, [], {}, [], set()
     for label, run in loaded.items():
         judge = "validation" if run.config["data"].get("validation") else "test"
         seen, classes = analysis.examples(run, images, judge, data_dir, trust)
@@ -212,8 +212,8 @@ def write(
         for which, network in run.networks.items():
             zeros[prefix + which] = shares = analysis.zero_shares(network, seen)
             numbers.append(_numbers(label, network, which, shares, alike))
+        costs.setdefault(_cost(run, seen.shape[1:]), []).append(html.escape(label))
         heading = f"<h3>{html.escape(label)}, step {run.step:,}</h3>"
-        costs += [heading, _cost(run, seen.shape[1:])]
         pictures += [heading, *_pictures(labelled[label], run, stages, seen, classes, trust)]
     head = ["", "network", "layers nearer Laplace", "nearer Gauss", "neither", "zeros",
             "CKA with the teacher, raw", "after the kernel", "after rho"]  # fmt: skip
@@ -227,7 +227,7 @@ def write(
     sections = {
         "Results": [_results(labelled)],
         "Curves": [_picture(curves, "Cross-entropy and accuracy in training.")],
-        "Cost of one image": costs,
+        "Cost of one image": [f"<h3>{', '.join(who)}</h3>{what}" for what, who in costs.items()],
         f"Features and filters, {' and '.join(sorted(counts))} images": together,
         "Kernel space": pictures,
         "Configuration": [_configurations(labelled)],

@@ -37,6 +37,8 @@ def alignment(a: np.ndarray, b: np.ndarray) -> float:
 
         CKA = <HaH, HbH> / (|HaH| |HbH|),   H = 1 - 1/n
 
+    Of few examples it is too high: compare values of as many.
+
     References:
       Kornblith et al., Similarity of Neural Network Representations Revisited, ICML 2019, Eq. 1-4.
     """
@@ -51,12 +53,12 @@ def _centred(gram: np.ndarray) -> np.ndarray:
 
 def linear_cka(a: np.ndarray, b: np.ndarray) -> float:
     """Linear CKA, in [0, 1], of features `[n, ...]` and `[n, ...]` of the same examples."""
-    return cka({"": a}, {"": b})[0, 0]
+    return float(cka({"": a}, {"": b})[0, 0])
 
 
 def rbf_cka(a: np.ndarray, b: np.ndarray, width: float = 1.0) -> float:
     """CKA, in [0, 1], of features `[n, ...]` under Gaussian kernels, see `rbf_gram`."""
-    return cka({"": a}, {"": b}, lambda features: rbf_gram(features, width))[0, 0]
+    return float(cka({"": a}, {"": b}, lambda features: rbf_gram(features, width))[0, 0])
 
 
 def cka(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray], gram=linear_gram) -> np.ndarray:
