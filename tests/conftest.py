@@ -29,6 +29,14 @@ def pytest_unconfigure():
     shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Drops what a file compiled: all files' programs together take more than the 65,530 memory
+    maps that Linux grants a process, which then ends in the middle of the next one."""
+    yield
+    jax.clear_caches()
+
+
 def implementations() -> list[str]:
     """What can be forced on this machine."""
     found = []

@@ -77,6 +77,11 @@ def differs(a, b):
 
 
 @functools.cache
+def one_step():
+    return run(recipe(), initial(), steps=1)[0]
+
+
+@functools.cache
 def one_device():
     return run(recipe(), initial())
 
@@ -177,10 +182,10 @@ def test_a_weight_by_step_is_that_of_the_step():
         assert_close(two.student, unweighted, 1e-5)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.1, 25.0])
+@pytest.mark.parametrize("weight", [0.0, 25.0])
 def test_what_a_loss_learns_is_the_same_for_every_weight(weight):
     weighted = recipe(losses={"pkkd": (weight, pkkd()), "kd": (1.0, kd())})
-    after, like_one = (run(each, initial(), steps=1)[0] for each in (weighted, recipe()))
+    after, like_one = run(weighted, initial(), steps=1)[0], one_step()
     assert differs(after.student.params, like_one.student.params)
     wanted = like_one.distiller if weight else initial().distiller
     assert_close(after.distiller, wanted, 1e-5)
