@@ -109,11 +109,10 @@ for name, line in alike.items():
 plots.by_layer(alike, "linear CKA of student and teacher", (0, 1))
 
 # %% [markdown]
-# It does not, here: with the kernel the raw responses are less alike than in the training without
-# it, at eight of the nine taps, and so are those after rho. Right after the kernel they are least
-# alike, in the first two blocks and in the last above all, where few large responses of the teacher
-# outweigh the others. That the student with the kernel is 0.4 points more accurate, of one run
-# each, is thus not because it copies the teacher more closely.
+# It does not, in these two runs: with the kernel the raw responses are less alike than without it,
+# at eight of the nine taps, and so are those after rho. Right after the kernel they are least
+# alike, in the first two blocks and in the last above all. The student with the kernel is 0.4
+# points more accurate, of one run each; by this measure it copies the teacher less closely.
 #
 # Every convolution of the student against every one of the teacher, along the run with the kernel:
 
