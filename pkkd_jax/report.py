@@ -66,8 +66,11 @@ def _picture(figure, caption: str) -> str:
 
 def _figures(run_dir: Path) -> dict[str, float]:
     """The results of a run, or what its last evaluation found; `{}` before the first."""
+    results = metrics.read_json(run_dir / "results.json")
+    if results:
+        return results
     evaluated = [row for row in metrics.read(run_dir) if any("/top5" in key for key in row)]
-    return metrics.read_json(run_dir / "results.json") or (evaluated[-1] if evaluated else {})
+    return evaluated[-1] if evaluated else {}
 
 
 def _results(run_dirs: dict[str, Path]) -> str:
@@ -81,9 +84,14 @@ def _results(run_dirs: dict[str, Path]) -> str:
         "step",
         "hours",
     ]
-    rows = []
+    rows, made = [], []
     for label, run_dir in run_dirs.items():
         found = _figures(run_dir)
+        by = "not finished"
+        if "device" in found:
+            versions = found["versions"]
+            by = f"{found['device']}, jax {versions['jax']}, pkkd_jax {versions['pkkd_jax']}"
+        made.append(f"{label}: {by}")
         step = found.get("steps", found.get("step", 0))
         for which in ("student", "teacher"):
             for split in ("test", "validation"):
@@ -95,15 +103,7 @@ def _results(run_dirs: dict[str, Path]) -> str:
                         [label, which, *(f"{100 * figure:.2f}" for figure in figures),
                          f"{found[f'{name}/loss']:.4f}", split, f"{step:,}", hours]
                     )  # fmt: skip
-    made = {
-        label: f"{found['device']}, jax {found['versions']['jax']}, pkkd_jax"
-        f" {found['versions']['pkkd_jax']}"
-        if "device" in (found := _figures(run_dir))
-        else "not finished"
-        for label, run_dir in run_dirs.items()
-    }
-    notes = "; ".join(f"{label}: {text}" for label, text in made.items())
-    return _table(head, rows) + f"<p>{html.escape(notes)}.</p>"
+    return _table(head, rows) + f"<p>{html.escape('; '.join(made))}.</p>"
 
 
 def _configurations(run_dirs: dict[str, Path]) -> str:

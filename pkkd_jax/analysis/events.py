@@ -1,6 +1,5 @@
 """TensorBoard's histograms and pictures of a training under way."""
 
-import logging
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,6 @@ from pkkd_jax.analysis.features import penultimate, responses
 from pkkd_jax.analysis.run import Run
 from pkkd_jax.analysis.similarity import cka
 from pkkd_jax.analysis.weights import filters, shared_layers
-
-logging.getLogger("tensorboardX").setLevel(logging.ERROR)
 
 
 def write(run_dir: str | Path, run: Run, images: np.ndarray, labels: np.ndarray) -> None:

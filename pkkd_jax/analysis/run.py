@@ -13,6 +13,8 @@ from pkkd_jax import checkpoint, data, experiment, models, names, runs
 from pkkd_jax.nn import Outputs
 from pkkd_jax.state import DistillState
 
+REMEDY = "trust=True, at a command line --trust, imports it"  # what is from outside the package
+
 
 @dataclasses.dataclass(frozen=True)
 class Network:
@@ -85,8 +87,7 @@ def load(run_dir: str | Path, step: str | int = "last", trust: bool = False) -> 
     """
     config = runs.read_config(run_dir)
     if not trust:
-        remedy = "trust=True, at a command line --trust, imports it"
-        runs.refuse_outside(run_dir, config, ("student", "teacher", "distill"), remedy)
+        runs.refuse_outside(run_dir, config, ("student", "teacher", "distill"), REMEDY)
     step, parts = checkpoint.load_parts(run_dir, step)
     networks = {}
     for which in ("student", "teacher"):
@@ -128,11 +129,8 @@ def examples(
     arguments = dict(run.config["data"])
     if count < 0:
         raise names.UserError(f"{count=} images: it must be 0 (chosen by their size) or more")
-    if "." in arguments["name"] and not trust:
-        raise names.UserError(
-            f"data set {arguments['name']!r} is from outside the package: trust=True, at a command"
-            " line --trust, imports it"
-        )
+    if not trust:
+        runs.refuse_outside("the run", run.config, ["data"], REMEDY)
     if data_dir:
         arguments["data_dir"] = data_dir
     damage = data.Damage(run.config["max_damaged"])
