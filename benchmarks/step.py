@@ -77,7 +77,7 @@ def jax_step(case: str, depth: int, batch_size: int):
         teacher = update.init_network(recipe.teacher, jax.random.key(0), images.shape[1:])
     state = update.replicate(update.init_state(recipe, images[:256], teacher))
     batch = {"image": images[None, None], "label": labels[None, None]}
-    mapped = update.pmap(update.joint_update(recipe), donate=True)
+    mapped = update.pmap(update.joint_update(recipe), update.hyperparameters(recipe), donate=True)
 
     def step():
         nonlocal state

@@ -112,7 +112,7 @@ def cosines(
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name, conv in layers.items():
         recipe = dataclasses.replace(built.recipe, student=built.recipe.student.clone(conv=conv))
-        mapped = update.pmap(update.student_gradients(recipe))
+        mapped = update.pmap(update.student_gradients(recipe), update.hyperparameters(recipe))
         every = []
         first = int(state.step)
         for batch in built.splits.train_batches(first, first + batches):

@@ -279,8 +279,10 @@ def describe(experiment: Experiment, step: int, workdir: Path, cost_line: str) -
 
     def weight(name):
         by_step = experiment.recipe.losses[name][0]
+        if not callable(by_step):
+            return f"{by_step:g}"
         first, last = (f"{float(by_step(step)):g}" for step in (0, experiment.total_steps))
-        return first if first == last else f"{first}..{last}"
+        return f"{first}..{last}"
 
     kinds = sorted({d.device_kind for d in jax.devices()})
     return {

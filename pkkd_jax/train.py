@@ -302,8 +302,8 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
     ahead = 0 if jax.default_backend() == "cpu" else 2
     unchecked: collections.deque = collections.deque()  # steps that may be under way, and figures
     skipped = 0
-    state = update_lib.replicate(state)
-    update = update_lib.pmap(update_lib.joint_update(built.recipe), donate=True)
+    state, given = update_lib.replicate(state), update_lib.hyperparameters(built.recipe)
+    update = update_lib.pmap(update_lib.joint_update(built.recipe), given, donate=True)
     agreement = _Agreement(ahead)
 
     def write(row):
@@ -374,7 +374,7 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
         )
         if config["eval"]["gradient_shares"]:
             if "shares" not in mapped:
-                mapped["shares"] = update_lib.pmap(update_lib.gradient_shares(built.recipe))
+                mapped["shares"] = update_lib.pmap(update_lib.gradient_shares(built.recipe), given)
             batch = next(built.splits.train_batches(step, step + 1, config["accumulate_steps"]))
             shares = jax.device_get(mapped["shares"](state, batch))
             found |= {f"train/student/share_{key}": float(v) for key, v in shares.items()}

@@ -54,18 +54,32 @@ class Recipe:
     snapshots: tuple[int, ...] = ()
 
 
-def pmap(function: Callable, *, donate: bool = False) -> Callable:
-    """Maps `function(state, batch) -> tree` over the devices: `batch` is split, the rest is not.
+def hyperparameters(recipe: Recipe) -> dict:
+    """What an update takes of `recipe` when it runs, and is not compiled for.
 
-    Results must be equal on every device: they come back without a leading device axis.
+    Recipes that differ in nothing else share one compiled program: "key" of the seed, "alpha", and
+    "weights" of the losses whose weight is no schedule.
     """
-    return jax.pmap(
+    plain = {name: w for name, (w, _) in recipe.losses.items() if not callable(w)}
+    found = {"key": jax.random.key(recipe.seed), "alpha": recipe.alpha, "weights": plain}
+    return jax.tree.map(lambda a: jnp.float32(a) if isinstance(a, (int, float)) else a, found)
+
+
+def pmap(function: Callable, *constants: Any, donate: bool = False) -> Callable:
+    """Maps `function(state, batch, *constants)` over the devices: makes `(state, batch) -> tree`.
+
+    `batch` is split, the rest is not; `constants` are the same trees at every call. Results
+    must be equal on every device: they come back without a leading device axis.
+    """
+    mapped = jax.pmap(
         function,
         axis_name=AXIS,
-        in_axes=(None, 0),
+        in_axes=(None, 0, *(None for _ in constants)),
         out_axes=None,
         donate_argnums=(0,) if donate else (),
     )
+    constants = replicate(constants)
+    return lambda state, batch: mapped(state, batch, *constants)
 
 
 def replicate(tree: Any) -> Any:
@@ -112,7 +126,7 @@ def init_state(
         teacher = network(fresh, recipe.teacher_learns)
 
         @jax.jit
-        def init_losses(student_variables, teacher_variables, plain):
+        def init_losses(student_variables, teacher_variables, plain, losses_key, dropout_key):
             outputs = _forward(recipe.student, student_variables, plain, True, dropout_key)[0]
             targets = _forward(recipe.teacher, teacher_variables, plain, learns, dropout_key)[0]
             keys = jax.random.split(losses_key, len(recipe.losses) + 1)
@@ -124,7 +138,7 @@ def init_state(
                 loss.apply(params[name], outputs, targets, None)  # refuses taps that do not fit
             return params
 
-        params = init_losses(student.variables, teacher.variables, plain)
+        params = init_losses(student.variables, teacher.variables, plain, losses_key, dropout_key)
     distiller = NetworkState(params, {}, recipe.distiller_optimiser.init(params))
     return DistillState(np.int32(0), student, teacher, distiller)
 
@@ -143,10 +157,10 @@ def _synchronised(model: linen.Module) -> linen.Module:
     return model.clone(bn_axis_name=AXIS)
 
 
-def _weights(recipe: Recipe, step) -> dict[str, Any]:
+def _weights(recipe: Recipe, given: dict, step) -> dict[str, Any]:
     """The losses' weights in the update after `step`."""
     weights = {
-        name: weight(step) if callable(weight) else weight
+        name: weight(step) if callable(weight) else given["weights"][name]
         for name, (weight, _) in recipe.losses.items()
     }
     if recipe.snapshots:
@@ -156,10 +170,11 @@ def _weights(recipe: Recipe, step) -> dict[str, Any]:
 
 
 def _terms(recipe: Recipe) -> Callable:
-    """Makes `(params, stats, step, images, labels, key) -> (terms, (new stats, metrics))`.
+    """Makes `(params, stats, step, images, labels, key, given) -> (terms, (new stats, metrics))`.
 
     The terms are "teacher", "ce" and the losses' names to their weighted values, whose sum is what
-    an update goes down. It works on one device's examples, inside `pmap`.
+    an update goes down; `given` are `hyperparameters`. It works on one device's examples, inside
+    `pmap`.
     """
     student_model = _synchronised(recipe.student)
     teacher_model = None
@@ -174,7 +189,7 @@ def _terms(recipe: Recipe) -> Callable:
     def accuracy(logits, labels):
         return (logits.argmax(-1) == labels).mean()
 
-    def terms(params, stats, step, images, labels, key):
+    def terms(params, stats, step, images, labels, key, given):
         metrics, new_stats, found, targets = {}, {}, {}, None
         if teacher_model is not None:
             variables = {"params": params["teacher"], "batch_stats": stats["teacher"]}
@@ -188,9 +203,9 @@ def _terms(recipe: Recipe) -> Callable:
         variables = {"params": params["student"], "batch_stats": stats["student"]}
         outputs, new_stats["student"] = _forward(student_model, variables, images, True, key)
         ce = cross_entropy(outputs.logits, labels)
-        found["ce"] = recipe.alpha * ce
+        found["ce"] = given["alpha"] * ce
         metrics |= {"student/loss_ce": ce, "student/accuracy": accuracy(outputs.logits, labels)}
-        weights = _weights(recipe, step)
+        weights = _weights(recipe, given, step)
         for name, (_, distiller) in recipe.losses.items():
             value, figures = distiller.apply(params["distiller"][name], outputs, targets, AXIS)
             found[name] = weights[name] * value
@@ -201,13 +216,11 @@ def _terms(recipe: Recipe) -> Callable:
     return terms
 
 
-def _prepared(recipe: Recipe, step, index, images):
+def _prepared(recipe: Recipe, given: dict, step, index, images):
     """The augmented images of one micro-batch, and the key of its dropout."""
     start = (index * lax.axis_size(AXIS) + lax.axis_index(AXIS)) * images.shape[0]
     positions = start + jnp.arange(images.shape[0])
-    augment_key, dropout_key = jax.random.split(
-        jax.random.fold_in(jax.random.key(recipe.seed), step)
-    )
+    augment_key, dropout_key = jax.random.split(jax.random.fold_in(given["key"], step))
     images = data.augment(augment_key, images, positions, **recipe.augmentation)
     return images, jax.random.fold_in(dropout_key, start)
 
@@ -223,7 +236,7 @@ def _trees(state: DistillState) -> tuple[dict, dict]:
 
 
 def joint_update(recipe: Recipe) -> Callable:
-    """Makes `(state, batch) -> (state, metrics)`, to be mapped by `pmap`.
+    """Makes `(state, batch, hyperparameters) -> (state, metrics)`, to be mapped by `pmap`.
 
         teacher loss = CE(teacher, label)
         student loss = alpha * CE(student, label) + sum_i weight_i * loss_i(student, teacher)
@@ -241,25 +254,25 @@ def joint_update(recipe: Recipe) -> Callable:
         found, auxiliary = terms(*arguments)
         return sum(found.values()), auxiliary
 
-    def micro_batch(params, stats, step, index, images, labels):
-        images, key = _prepared(recipe, step, index, images)
-        return jax.grad(loss, has_aux=True)(params, stats, step, images, labels, key)
+    def micro_batch(params, stats, given, step, index, images, labels):
+        images, key = _prepared(recipe, given, step, index, images)
+        return jax.grad(loss, has_aux=True)(params, stats, step, images, labels, key, given)
 
     def learn(optimiser, network: NetworkState, gradient, batch_stats) -> NetworkState:
         updates, opt_state = optimiser.update(gradient, network.opt_state, network.params)
         return NetworkState(optax.apply_updates(network.params, updates), batch_stats, opt_state)
 
-    def update(state: DistillState, batch):
+    def update(state: DistillState, batch, given: dict):
         params, stats = _trees(state)
         count = batch["label"].shape[0]
         if count == 1:
             gradients, (stats, metrics) = micro_batch(
-                params, stats, state.step, 0, batch["image"][0], batch["label"][0]
+                params, stats, given, state.step, 0, batch["image"][0], batch["label"][0]
             )
         else:
 
             def body(stats, item):
-                gradients, (stats, metrics) = micro_batch(params, stats, state.step, *item)
+                gradients, (stats, metrics) = micro_batch(params, stats, given, state.step, *item)
                 return stats, (gradients, metrics)
 
             def summed(carry, item):
@@ -279,7 +292,7 @@ def joint_update(recipe: Recipe) -> Callable:
         teacher = state.teacher
         if recipe.teacher_learns and teacher is not None:
             teacher = learn(recipe.optimiser, teacher, gradients["teacher"], stats["teacher"])
-        weights = _weights(recipe, state.step)
+        weights = _weights(recipe, given, state.step)
 
         def unweighted(name, tree):
             weight = weights.get(name, 1.0)
@@ -323,7 +336,7 @@ def first_not_finite(recipe: Recipe, state: DistillState, batch) -> str:
     terms = _terms(recipe)
     texts: list[str] = []
 
-    def look(state, batch):
+    def look(state, batch, given):
         params, stats = _trees(state)
         found: dict[str, jax.Array] = {}
 
@@ -331,7 +344,7 @@ def first_not_finite(recipe: Recipe, state: DistillState, batch) -> str:
             found[text] = found.get(text, True) & _finite(tree)
 
         for index in range(batch["label"].shape[0]):
-            images, key = _prepared(recipe, state.step, index, batch["image"][index])
+            images, key = _prepared(recipe, given, state.step, index, batch["image"][index])
             layers: list[str] = []
             for name in ("teacher", "student"):
                 model, train = getattr(recipe, name), name == "student" or recipe.teacher_learns
@@ -344,7 +357,7 @@ def first_not_finite(recipe: Recipe, state: DistillState, batch) -> str:
                 for tap, response in outputs.features.items():
                     note(f"the {name}'s response of {tap} is", response)
                 note(f"the {name}'s logits are", outputs.logits)
-            arguments = stats, state.step, images, batch["label"][index], key
+            arguments = stats, state.step, images, batch["label"][index], key, given
             values, _ = terms(params, *arguments)
             for name, value in values.items():
                 which = "the teacher's loss" if name == "teacher" else f"the student's loss {name}"
@@ -357,7 +370,7 @@ def first_not_finite(recipe: Recipe, state: DistillState, batch) -> str:
         texts[:] = found
         return lax.pmin(jnp.array(list(found.values())).astype(jnp.int32), AXIS)
 
-    fine = jax.device_get(pmap(look)(state, batch))
+    fine = jax.device_get(pmap(look, hyperparameters(recipe))(state, batch))
     return next((t for t, f in zip(texts, fine, strict=True) if not f), "the new parameters are")
 
 
@@ -367,22 +380,21 @@ def _place(path: str, layers: list[str]) -> int:
 
 
 def student_gradients(recipe: Recipe) -> Callable:
-    """Makes `(state, batch) -> gradients` of each of the student's losses alone, for `pmap`.
+    """Makes `(state, batch, hyperparameters) -> gradients` of each of the student's losses alone.
 
-    They are of the first micro-batch of `batch`: loss -> layer -> array, of adder layers' filters,
-    or of all kernels if there are none. "own" is what a layer adds to its gradient itself ("pcnn"
-    does), so that all of them sum to the gradient of an update.
+    To be mapped by `pmap`. They are of the first micro-batch of `batch`: loss -> layer -> array, of
+    adder layers' filters, or of all kernels if there are none. "own" is what a layer adds to its
+    gradient itself ("pcnn" does), so that all of them sum to the gradient of an update.
     """
     terms = _terms(recipe)
 
-    def gradients(state: DistillState, batch):
-        images, key = _prepared(recipe, state.step, 0, batch["image"][0])
+    def gradients(state: DistillState, batch, given: dict):
+        images, key = _prepared(recipe, given, state.step, 0, batch["image"][0])
         params, stats = _trees(state)
+        arguments = stats, state.step, images, batch["label"][0], key, given
 
         def of_student(student):
-            found, _ = terms(
-                {**params, "student": student}, stats, state.step, images, batch["label"][0], key
-            )
+            found, _ = terms({**params, "student": student}, *arguments)
             found.pop("teacher", None)
             return found
 
@@ -407,7 +419,7 @@ def student_gradients(recipe: Recipe) -> Callable:
 
 
 def gradient_shares(recipe: Recipe) -> Callable:
-    """Makes `(state, batch) -> shares` of the student's losses in its gradient, for `pmap`.
+    """Makes `(state, batch, hyperparameters) -> shares` of the student's losses in its gradient.
 
         share of loss i in a layer = <g_i, g> / <g, g>,   g = sum_i g_i
 
@@ -417,8 +429,8 @@ def gradient_shares(recipe: Recipe) -> Callable:
     """
     gradients = student_gradients(recipe)
 
-    def shares(state: DistillState, batch):
-        each = gradients(state, batch)
+    def shares(state: DistillState, batch, given: dict):
+        each = gradients(state, batch, given)
         total = jax.tree.map(lambda *all_losses: sum(all_losses), *each.values())
         return {
             f"{loss}/{layer}": jnp.vdot(gradient, total[layer])

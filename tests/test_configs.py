@@ -53,10 +53,10 @@ def test_config_builds_and_its_update_keeps_shapes(name, argument, monkeypatch):
     mapped = jax.vmap(
         update.joint_update(built.recipe),
         axis_name=update.AXIS,
-        in_axes=(None, 0),
+        in_axes=(None, 0, None),
         out_axes=None,
     )
-    after, metrics = jax.eval_shape(mapped, state, batch)
+    after, metrics = jax.eval_shape(mapped, state, batch, update.hyperparameters(built.recipe))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
         lambda a: (a.shape, a.dtype), state
     )

@@ -295,7 +295,7 @@ def test_a_weight_follows_its_schedule():
     }
     found = {name: weight for name, (weight, _) in distill.build(losses, 100).items()}
     steps = (0, 50, 100)
-    np.testing.assert_allclose([found["kd"](step) for step in steps], [2, 2, 2])
+    assert found["kd"] == 2.0
     np.testing.assert_allclose([found["pkt"](step) for step in steps], [0, 2, 4])
     np.testing.assert_allclose([found["fsp"](step) for step in steps], [3, 2, 1], rtol=1e-6)
     with pytest.raises(UserError, match=r"final_weight=2.0 with weight_schedule='constant'"):

@@ -51,11 +51,16 @@ def initial():
 
 
 def run(the_recipe, state, devices=1, steps=2, micro_batches=1):
-    step = update.pmap(update.joint_update(the_recipe))
+    step = update.pmap(update.joint_update(the_recipe), update.hyperparameters(the_recipe))
     for _ in range(steps):
         state, metrics = step(state, batch(devices, micro_batches))
         state, metrics = jax.device_get((state, metrics))
     return state, metrics
+
+
+def gradient_shares(the_recipe, state):
+    mapped = update.pmap(update.gradient_shares(the_recipe), update.hyperparameters(the_recipe))
+    return jax.device_get(mapped(state, batch(1)))
 
 
 def assert_close(a, b, tolerance):
@@ -105,7 +110,8 @@ def test_the_update_compiles_once():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
     )
-    step = update.pmap(update.joint_update(recipe()), donate=True)
+    given = update.hyperparameters(recipe())
+    step = update.pmap(update.joint_update(recipe()), given, donate=True)
     state, counts = update.replicate(initial()), []
     for _ in range(3):
         before = len(compiled)
@@ -115,6 +121,25 @@ def test_the_update_compiles_once():
     jax.monitoring.clear_event_listeners()
     assert counts[0] > 0
     assert counts[1:] == [0, 0]
+
+
+def test_seed_and_weights_share_one_program():
+    def program(the_recipe):
+        mapped = jax.vmap(
+            update.joint_update(the_recipe),
+            axis_name=update.AXIS,
+            in_axes=(None, 0, None),
+            out_axes=None,
+        )
+        return jax.jit(mapped).lower(initial(), batch(1), update.hyperparameters(the_recipe))
+
+    losses = {"pkkd": (3.0, pkkd()), "kd": (0.0, kd())}
+    other = recipe(seed=5, alpha=0.5, losses=losses)
+    text = program(recipe()).as_text()
+    assert program(other).as_text() == text
+    assert program(recipe(label_smoothing=0.1)).as_text() != text
+    state = jax.device_get(update.init_state(other, examples()[0]))
+    assert differs(run(other, state, steps=1)[0].student, run(recipe(), state, steps=1)[0].student)
 
 
 def test_augmentation_is_part_of_the_update():
@@ -193,7 +218,7 @@ def test_what_a_loss_learns_is_the_same_for_every_weight(weight):
 
 def test_the_losses_shares_in_each_layers_gradient_sum_to_one():
     start = initial()
-    shares = jax.device_get(update.pmap(update.gradient_shares(recipe()))(start, batch(1)))
+    shares = gradient_shares(recipe(), start)
     layers = {name.partition("/")[2] for name in shares}
     assert len(layers) == 8  # the adder layers of ResNet-8
     for layer in layers:
@@ -201,7 +226,7 @@ def test_the_losses_shares_in_each_layers_gradient_sum_to_one():
         assert each[-1] == 0
         np.testing.assert_allclose(sum(each), 1, rtol=1e-4)
     heavier = recipe(alpha=50.0)
-    found = jax.device_get(update.pmap(update.gradient_shares(heavier))(start, batch(1)))
+    found = gradient_shares(heavier, start)
     assert all(found[name] > shares[name] for name in shares if name.startswith("ce/"))
 
 

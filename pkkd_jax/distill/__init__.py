@@ -58,8 +58,8 @@ def schedule(
     weight: float,
     weight_schedule: str = "constant",
     final_weight: float = 0.0,
-) -> optax.Schedule:
-    """Weight of a loss by step.
+) -> float | optax.Schedule:
+    """Weight of a loss, by step unless it is constant.
 
     Args:
       total_steps: of the training.
@@ -71,30 +71,32 @@ def schedule(
         weight that a constant does not reach.
     """
     progress = {
-        "constant": optax.constant_schedule(0.0),
+        "constant": None,
         "linear": optax.linear_schedule(0.0, 1.0, total_steps),
         "cosine": lambda step: 1 - optax.cosine_decay_schedule(1.0, total_steps)(step),
     }
     if weight_schedule not in progress:
         raise names.unknown("weight_schedule", weight_schedule, progress)
-    if weight_schedule == "constant" and final_weight:
-        raise names.UserError(
-            f"{final_weight=} with weight_schedule='constant': choose 'linear' or 'cosine'"
-        )
+    if weight_schedule == "constant":
+        if final_weight:
+            raise names.UserError(
+                f"{final_weight=} with weight_schedule='constant': choose 'linear' or 'cosine'"
+            )
+        return weight
     return lambda step: weight + (final_weight - weight) * progress[weight_schedule](step)
 
 
 def build(
     losses: Mapping[str, Any], total_steps: int, module: str = ""
-) -> dict[str, tuple[optax.Schedule, Distiller]]:
-    """Builds `config.distill`: maps each name to its weight by step and its `Distiller`.
+) -> dict[str, tuple[float | optax.Schedule, Distiller]]:
+    """Builds `config.distill`: maps each name to its weight or that by step, and its `Distiller`.
 
     A dict without a weight is a module, the first part of a dotted name.
 
     Raises:
       UserError: for an unknown loss or keyword; the message has the nearest right one.
     """
-    built: dict[str, tuple[optax.Schedule, Distiller]] = {}
+    built: dict[str, tuple[float | optax.Schedule, Distiller]] = {}
     for key, arguments in losses.items():
         name = module + key
         if "weight" not in arguments:
