@@ -4,10 +4,11 @@ import functools
 import itertools
 import math
 import statistics
-import subprocess
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 HERE = Path(__file__).parent
 COLOURS = {"ours": "#0072B2", "published": "#D55E00"}  # Okabe and Ito: safe for colour-blind eyes
@@ -37,14 +38,6 @@ def _spread(values: list[float], digits: int = 2) -> str:
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
-def _commit() -> str:
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "no commit"
-
-
 def markdown(table: dict, found: dict, command: str) -> str:
     """The table, and below it where its figures come from."""
     sources, lines = {}, []
@@ -65,7 +58,9 @@ def markdown(table: dict, found: dict, command: str) -> str:
             values = [
                 row,
                 ("yes" if cells[0]["kd"] else "no") if cells else "",
-                *(_spread([c[key] for c in cells]) for key in ("accuracy", "uncalibrated")),
+                _spread([c["accuracy"] for c in cells])
+                or ("" if table["rows"][row]["published_only"] else "not run"),
+                _spread([c["uncalibrated"] for c in cells]),
                 _spread([c["teacher"] for c in cells]),
                 ", ".join(f"{value:.2f} [{sources[source]}]" for value, source in figures),
                 str(len(cells)),
@@ -83,11 +78,10 @@ def markdown(table: dict, found: dict, command: str) -> str:
             "",
             *(f"- [{number}] {names[source]}" for source, number in sources.items()),
             f"- `{command}`",
-            f"- table written at commit {_commit()}",
             _all("versions", (" ".join(map(" ".join, c["versions"].items())) for c in every)),
             _all("device", (cell["device"] for cell in every)),
             _all("schedule", (f"{c['steps']} steps of {c['batch_size']} images" for c in every)),
-            f"- wall time {sum(cell['wall_s'] for cell in every) / 3600:.2f} h, {len(every)} runs",
+            f"- runs: {len(every)}, wall time {sum(cell['wall_s'] for cell in every) / 3600:.2f} h",
         ]
     return "\n".join(text) + "\n"
 
@@ -123,23 +117,27 @@ def plot(table: dict, found: dict, path: Path) -> None:
 
 
 def plot_curves(table: dict, found: dict, path: Path) -> None:
-    """Each row's accuracy along its first run, and what recalibrating BatchNorm adds to it."""
+    """Each row's first run: accuracy, how far that in training is above it, and what recalibrating
+    BatchNorm adds to it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     columns = table["columns"]
-    figure = Figure(figsize=(12, 1 + 4.5 * len(columns)), layout="constrained")
+    figure = Figure(figsize=(16, 1 + 4.5 * len(columns)), layout="constrained")
     FigureCanvasAgg(figure)
-    every = figure.subplots(len(columns), 2, squeeze=False)
-    for column, (accuracy, gain) in zip(columns, every, strict=True):
+    every = figure.subplots(len(columns), 3, squeeze=False)
+    for column, (accuracy, gap, gain) in zip(columns, every, strict=True):
         for row, line in zip(table["rows"], itertools.cycle(LINES), strict=False):
             for cell in found[row, column][:1]:
-                steps, recalibrated, raw = zip(*cell["curve"], strict=True)
+                steps, recalibrated, raw, train = map(np.array, zip(*cell["curve"], strict=True))
                 accuracy.plot(steps, recalibrated, label=row, **line)
-                gain.plot(steps, [a - b for a, b in zip(recalibrated, raw, strict=True)], **line)
-        accuracy.set(xlabel="step", ylabel=f"accuracy on {column} (%)")
+                accuracy.plot(steps, train, color=line["color"], alpha=0.4, linewidth=0.8)
+                gap.plot(steps, train - recalibrated, **line)
+                gain.plot(steps, recalibrated - raw, **line)
+        accuracy.set(xlabel="step", ylabel=f"accuracy on {column}, thin: in training (%)")
+        gap.set(xlabel="step", ylabel="in training - on new images (points)")
         gain.set(xlabel="step", ylabel="recalibrated - as trained (points)")
-        for axes in (accuracy, gain):
+        for axes in (accuracy, gap, gain):
             axes.grid(alpha=0.3)
     figure.legend(*every[0, 0].get_legend_handles_labels(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=120)

@@ -7,6 +7,7 @@ directory, which tables share: a stopped table goes on, and what is finished is 
 """
 
 import argparse
+import itertools
 import json
 import re
 import shlex
@@ -15,7 +16,10 @@ import statistics
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
 
 from experiments import report
 from pkkd_jax import config as config_lib
@@ -119,7 +123,14 @@ def read(run_dir: Path) -> dict | None:
     rows = metrics.read(run_dir)
     rates = [row["train/images_per_s"] for row in rows if "train/images_per_s" in row]
     leaf = f"{judge}/student/accuracy"
-    curve = [(r["step"], r[leaf], r[f"{leaf}_uncalibrated"]) for r in rows if leaf in r]
+    evaluated = {row["step"]: row for row in rows if leaf in row}
+    keys = leaf, f"{leaf}_uncalibrated"
+    curve = [
+        (step, *(100 * row[key] for key in keys), 100 * seen)
+        for (step, row), seen in zip(
+            evaluated.items(), training_accuracy(rows, evaluated), strict=True
+        )
+    ]
     kd = config["distill"].get("kd", {"weight": 0.0})
     return {
         "accuracy": 100 * results[leaf],
@@ -127,11 +138,32 @@ def read(run_dir: Path) -> dict | None:
         "teacher": 100 * results.get(f"{judge}/teacher/accuracy", float("nan")),
         "kd": config["teacher"]["mode"] != "none" and bool(kd["weight"]),
         "images_per_s": statistics.median(rates) if rates else float("nan"),
+        "fastest_images_per_s": np.quantile(rates, 0.9) if rates else float("nan"),
         "judge": judge,
-        "curve": [(step, 100 * recalibrated, 100 * raw) for step, recalibrated, raw in curve],
+        "curve": curve,
         **{key: results[key] for key in ("steps", "wall_s", "versions", "device")},
         "batch_size": config["batch_size"],
+        "run_dir": run_dir,
     }
+
+
+def training_accuracy(rows: list[dict], steps: Iterable[int]) -> list[float]:
+    """The student's accuracy on augmented training images before each of `steps`.
+
+    It is the mean of the later half of the steps since the one before.
+    """
+    leaf = "train/student/accuracy"
+    logged = [(0, 0.0)] + [(row["step"], row[leaf]) for row in rows if leaf in row]
+    found, since = [], 0
+    for step in steps:
+        later = [
+            (there - before, accuracy)
+            for (before, _), (there, accuracy) in itertools.pairwise(logged)
+            if (since + step) / 2 < there <= step
+        ]
+        found.append(sum(n * a for n, a in later) / sum(n for n, _ in later))
+        since = step
+    return found
 
 
 def collect(table: dict, cells: Cells, seeds: int) -> dict[tuple[str, str], list[dict]]:

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import faulthandler
 import json
+import os
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from pkkd_jax import checkpoint, cost, distributed, experiment, metrics, runs
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError
+from pkkd_jax.ops import adder
 from pkkd_jax.state import DistillState
 
 # Leaves in which processes that train together may differ: they do no step of the work.
@@ -434,11 +436,12 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
                 save()
         results = results or evaluate()
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-    versions["pkkd_jax"] = metadata.version("pkkd_jax")
+    versions["pkkd_jax"] = runs.version()
     return {
         **results,
         "steps": total,
         "wall_s": time.perf_counter() - began,
         "versions": versions,
-        "device": f"{jax.device_count()} {jax.devices()[0].device_kind}",
+        "device": f"{jax.device_count()} {jax.devices()[0].device_kind}, {os.cpu_count()} cores,"
+        f" adder op: {adder.implementation()}",
     }

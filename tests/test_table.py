@@ -121,7 +121,7 @@ def test_means_and_deviations_stand_beside_what_was_published():
 def test_sources_that_differ_both_stand(monkeypatch):
     both = [(92.0, "adder_readme"), (93.0, "later")]
     monkeypatch.setattr(report, "published", lambda *_: both)
-    found = table.load("time")
+    found = table.load("methods")
     cells = {(row, "cifar10"): [cell()] for row in found["rows"]}
     text = report.markdown(found, cells, "command")
     assert "92.00 [1], 93.00 [2]" in text

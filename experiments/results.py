@@ -1,0 +1,186 @@
+"""RESULTS.md: the tables of claims.toml from their finished cells, and what they say of the claims.
+
+python -m experiments.results [--out=experiments/results]
+
+It trains nothing: each table stands with the command that runs it, or goes on with it. Where a cell
+has checkpoints and its features were not looked at yet, they are, and features.json is written.
+"""
+
+import argparse
+import itertools
+import math
+import shlex
+import statistics
+import sys
+import tomllib
+from pathlib import Path
+
+from experiments import report, table
+from pkkd_jax import analysis, metrics
+from pkkd_jax.distill.taps import select_taps
+from pkkd_jax.names import UserError
+
+HERE = Path(__file__).parent
+IMAGES = 512  # of which similarity is taken: fewer make it larger
+HEAD = """# Results
+
+The paper's claims, as far as runs of this project have come to them. Written by
+`python -m experiments.results` from the cells in `results/`, not by hand; each table has its
+command, which goes on from the cells that are there (with `TFDS_DATA_DIR` set). The data are
+CIFAR-10 as JPEG copies (quality 75), on which accuracies are a little lower than on the original,
+and schedules are short where the published ones have 400 epochs. The paper's own figures are means
+of five runs.
+
+## Claims
+
+A difference is decided where it is more than two standard errors, with two runs or more on each
+side. One run each only points somewhere: at 6 epochs the same seed differed by up to 1.5 points
+between two machines. Time is that of the tenth fastest steps, as other things ran beside most runs.
+"""
+
+
+def features(run_dir: Path) -> dict | None:
+    """What `features.json` holds, made from the checkpoint if need be; None without either.
+
+    Returns:
+      "filters": network -> how many of its layers behind the stem are nearer to "laplace", "gauss"
+      or "neither"; "similarity", of a run with a teacher: linear CKA of both networks' raw
+      responses, mean over the convolutions of the student that end a block.
+    """
+    path = run_dir / "features.json"
+    if path.exists() or not (run_dir / "checkpoints").is_dir():
+        return metrics.read_json(path)
+    run, found = analysis.load(run_dir), {"filters": {}}
+    for which, network in run.networks.items():
+        nearer = [
+            analysis.fit(filters).better
+            for layer, filters in analysis.filters(network).items()
+            if layer != "stem"
+        ]
+        found["filters"][which] = {
+            key: nearer.count(key) for key in ("laplace", "gauss", "neither")
+        }
+    if "teacher" in run.networks:
+        images, _ = analysis.examples(run, IMAGES)
+        both = [run.networks[which].outputs(images).features for which in ("student", "teacher")]
+        taps = [select_taps(each, "block_ends") for each in both]
+        if taps[0] == taps[1]:
+            found["similarity"] = statistics.mean(
+                analysis.linear_cka(both[0][tap], both[1][tap]) for tap in taps[0]
+            )
+    metrics.write_json(path, found)
+    return found
+
+
+def compare(better: list[float], worse: list[float]) -> tuple[str, str]:
+    """The difference of two means, in points, and what it says of `better` > `worse`.
+
+    It is decided where it is more than two of its standard errors, for which each side needs two
+    runs.
+    """
+    if not better or not worse:
+        return "", "not run"
+    difference = statistics.mean(better) - statistics.mean(worse)
+    text = f"{difference:+.2f}"
+    if min(len(better), len(worse)) < 2:
+        runs = "one run each" if len(better) == len(worse) == 1 else "one run on one side"
+        return text, f"{'points to it' if difference > 0 else 'points against it'}, {runs}"
+    error = math.sqrt(sum(statistics.variance(each) / len(each) for each in (better, worse)))
+    if abs(difference) <= 2 * error:
+        return f"{text} ± {error:.2f}", "not decided"
+    return f"{text} ± {error:.2f}", "holds" if difference > 0 else "does not hold"
+
+
+def check(claim: dict, cells: dict[str, list[dict]]) -> list[tuple[str, str, str]]:
+    """What finished cells, by row, say of a claim: comparison, figures and verdict, one each."""
+    quantity, name = claim.get("quantity", "accuracy"), claim["better"]
+    better, lines = cells[name], []
+    if quantity == "filters":
+        looked = [cell["features"]["filters"] for cell in better if cell["features"]]
+        if not looked:
+            return [(name, "", "not run")]
+        for which, wanted in (("student", "laplace"), ("teacher", "gauss")):
+            counts = {key: sum(each[which][key] for each in looked) for key in looked[0][which]}
+            text = ", ".join(f"{count} {key}" for key, count in counts.items())
+            most = counts[wanted] > sum(counts.values()) / 2
+            lines.append((f"{which}'s layers", text, "holds" if most else "does not hold"))
+        return lines
+    for other in claim["worse"]:
+        sides = better, cells[other]
+        if quantity == "accuracy":
+            text, verdict = compare(*([cell["accuracy"] for cell in side] for side in sides))
+        elif quantity == "similarity":
+            looked = [[c["features"]["similarity"] for c in s if c["features"]] for s in sides]
+            text, verdict = compare(*looked)
+            text = " and ".join(f"{statistics.mean(values):.3f}" for values in looked if values)
+        elif all(sides):
+            ours, theirs = (
+                statistics.mean(c["fastest_images_per_s"] for c in side) for side in sides
+            )
+            text, within = f"{theirs / ours:.2f} times", theirs / ours <= claim["bound"]
+            verdict = "holds" if within else "does not hold"
+        else:
+            text, verdict = "", "not run"
+        lines.append((f"{name} {'/' if quantity == 'time' else '>'} {other}", text, verdict))
+    return lines
+
+
+def write(out: Path) -> str:
+    """Writes RESULTS.md beside `out`, the directory of all cells, and plots in it.
+
+    Returns:
+      The Markdown.
+    """
+    known = tomllib.loads((HERE / "claims.toml").read_text())
+    leaves = [f"--config.batch_size={known['batch_size']}"]
+    tables, verdicts, hours = [], [], {}
+    for block in known["blocks"]:
+        epochs, seeds = block["epochs"], block["seeds"]
+        content = table.load(block["table"])
+        content["columns"] = content["columns"][:1]
+        rows = block.get("rows", list(content["rows"]))
+        content["rows"] = {row: content["rows"][row] for row in rows}
+        words = ["python", "-m", "experiments.table", block["table"], f"--epochs={epochs}"]
+        words += [f"--seeds={seeds}", *leaves, f"--columns={content['columns'][0]}"]
+        words += [f"--rows={';'.join(rows)}"] if "rows" in block else []
+        cells = table.Cells(out, leaves, epochs, "")
+        found = table.collect(content, cells, seeds)
+        text = report.markdown(content, found, shlex.join([*words, f"--out={out}"]))
+        tables.append(f"#{text}".replace("\n", f", {epochs} epochs\n", 1))
+        if any(found.values()):
+            picture = out / f"{block['table']}-{cells.schedule}-curves.png"
+            report.plot_curves(content, found, picture)
+            tables.append(f"![learning curves]({picture.relative_to(out.parent)})\n")
+        by_row = {row: cells for (row, _), cells in found.items()}
+        for cell in itertools.chain(*by_row.values()):
+            cell["features"] = features(cell["run_dir"])
+            hours[cell["run_dir"]] = cell["wall_s"] / 3600
+        for claim in known["claims"]:
+            if claim["table"] == block["table"]:
+                verdicts += [(claim["text"], epochs, *line) for line in check(claim, by_row)]
+    lines = ["| claim | epochs | | figures | here |", "|---|---|---|---|---|"]
+    lines += [f"| {' | '.join(map(str, line))} |" for line in verdicts]
+    total = f"{len(hours)} runs, {sum(hours.values()):.1f} hours."
+    why = [f"**{c['text']}.** {c['why']}\n" for c in known["claims"] if "why" in c]
+    text = "\n".join([HEAD, *lines, "", total, "", *why, *tables])
+    (out.parent / "RESULTS.md").write_text(text)
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line and returns its exit status."""
+    parser = argparse.ArgumentParser("python -m experiments.results", allow_abbrev=False)
+    parser.add_argument(
+        "--out", default="experiments/results", type=Path, help="directory of all cells"
+    )
+    given = parser.parse_args(argv)
+    try:
+        print(f"{write(given.out)}\nin {given.out.parent / 'RESULTS.md'}")
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

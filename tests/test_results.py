@@ -1,0 +1,107 @@
+"""RESULTS.md: what finished cells say of the claims, and no more than they say."""
+
+import json
+import shutil
+import tomllib
+
+import pytest
+
+from experiments import results, table
+from pkkd_jax import analysis
+
+KNOWN = tomllib.loads((results.HERE / "claims.toml").read_text())
+
+
+def test_every_claim_is_about_rows_of_a_block():
+    rows = {}
+    for block in KNOWN["blocks"]:
+        content = table.load(block["table"])
+        assert set(block.get("rows", [])) <= set(content["rows"])
+        rows.setdefault(block["table"], set()).update(block.get("rows", content["rows"]))
+    for claim in KNOWN["claims"]:
+        assert {claim["better"], *claim.get("worse", [])} <= rows[claim["table"]]
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict"),
+    [
+        ([91.0, 91.2], [90.0, 90.2], ("+1.00 ± 0.14", "holds")),
+        ([90.0, 90.2], [91.0, 91.2], ("-1.00 ± 0.14", "does not hold")),
+        ([90.0, 91.0], [90.0, 90.2], ("+0.40 ± 0.51", "not decided")),
+        ([91.0], [90.0], ("+1.00", "points to it, one run each")),
+        ([90.0], [91.0, 91.2], ("-1.10", "points against it, one run on one side")),
+        ([], [91.0], ("", "not run")),
+    ],
+)
+def test_a_difference_is_decided_by_two_standard_errors(better, worse, verdict):
+    assert results.compare(better, worse) == verdict
+
+
+def cell(**changes):
+    looked = {"student": {"laplace": 3, "gauss": 1}, "teacher": {"laplace": 3, "gauss": 1}}
+    features = {"filters": looked, "similarity": 0.9}
+    return {"accuracy": 90.0, "fastest_images_per_s": 100.0, "features": features, **changes}
+
+
+def test_each_quantity_has_its_own_comparison():
+    cells = {"a": [cell()], "b": [cell(fastest_images_per_s=150.0)], "c": [cell(features=None)]}
+    time = {"quantity": "time", "better": "a", "worse": ["b"], "bound": 1.2}
+    assert results.check(time, cells) == [("a / b", "1.50 times", "does not hold")]
+    assert results.check({**time, "bound": 1.6}, cells)[0][2] == "holds"
+    assert results.check({"quantity": "filters", "better": "a"}, cells) == [
+        ("student's layers", "3 laplace, 1 gauss", "holds"),
+        ("teacher's layers", "3 laplace, 1 gauss", "does not hold"),
+    ]
+    alike = {"quantity": "similarity", "better": "a", "worse": ["b", "c"]}
+    assert [verdict for _, _, verdict in results.check(alike, cells)] == [
+        "points against it, one run each",
+        "not run",
+    ]
+
+
+def test_results_say_what_is_there_and_what_is_not(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "cells"
+    stored = results.HERE / "results"
+    for run_dir in stored.glob("cifar10-batch-size-128-epochs-10/resnet20*/seed0"):
+        shutil.copytree(run_dir, out / run_dir.relative_to(stored))
+    monkeypatch.chdir(tmp_path)
+    assert results.main(["--out=cells"]) == 0
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert text in capsys.readouterr().out
+    accuracies = [
+        json.loads(
+            (out / f"cifar10-batch-size-128-epochs-10/{name}/seed0/results.json").read_text()
+        )
+        for name in ("resnet20", "resnet20-distill.pkkd.kernel-False")
+    ]
+    with_kernel, without = (100 * found["test/student/accuracy"] for found in accuracies)
+    assert f"| {with_kernel - without:+.2f} |" in text
+    assert f"| kernel, progressive | yes | {with_kernel:.2f} |" in text
+    assert "| kernel, fixed |  | not run |" in text
+    assert (out / "response5-batch-size-128-epochs-10-curves.png").stat().st_size > 10_000
+    assert "(cells/response5-batch-size-128-epochs-10-curves.png)" in text
+
+
+def test_features_are_looked_at_once_and_kept(kernel_run, alone_run, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(kernel_run, run_dir)
+    found = results.features(run_dir)
+    layers = analysis.filters(analysis.load(run_dir).networks["student"])
+    for counts in found["filters"].values():
+        assert sum(counts.values()) == len(layers) - 1  # the stem is not counted
+    assert 0 < found["similarity"] < 1
+    shutil.rmtree(run_dir / "checkpoints")
+    assert results.features(run_dir) == found
+    (run_dir / "features.json").unlink()
+    assert results.features(run_dir) is None
+    shutil.copytree(alone_run, tmp_path / "alone")
+    assert list(results.features(tmp_path / "alone")["filters"]) == ["student"]
+
+
+def test_training_accuracy_is_the_mean_before_each_evaluation():
+    leaf = "train/student/accuracy"
+    rows = [{"step": step, leaf: a} for step, a in [(1, 0.1), (4, 0.2), (6, 0.4), (7, 0.7)]]
+    rows += [{"step": 10, leaf: 0.9}]
+    assert table.training_accuracy(rows, [7, 10]) == pytest.approx(
+        [(3 * 0.2 + 2 * 0.4 + 0.7) / 6, 0.9]
+    )
