@@ -1,7 +1,7 @@
 """Whole training steps on synthetic CIFAR-10 images: seconds, ratios, peak memory, growth.
 
-python benchmarks/step.py [--batch_size 128] [--depth 20] [--methods] [--peers] [--growth]
-    [--json FILE]
+python benchmarks/step.py [--batch_size 128] [--depth 20] [--turns 3] [--methods] [--peers]
+    [--growth] [--json FILE]
 
 Each case trains in a process of its own, after warming up; the cases take turns, and medians over
 all turns are printed. `--methods` adds the other methods of distillation, `--peers` the same CNN in
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 
-TURNS, WARM_UP, STEPS = 3, 3, 12
+WARM_UP, STEPS = 3, 12
 CASES = (
     "ANN",
     "CNN",  # its convolutional twin, with this package's convolution
@@ -233,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--depth", type=int, default=20, help="6n + 2")
+    parser.add_argument("--turns", type=int, default=3, help="processes of each case")
     parser.add_argument("--methods", action="store_true", help="other methods of distillation too")
     parser.add_argument("--peers", action="store_true", help="PyTorch too")
     parser.add_argument("--growth", action="store_true", help="by batch size and depth too")
@@ -253,7 +254,7 @@ def main() -> None:
         print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")
         cases += [f"{PEER}, contiguous", f"{PEER}, channels last"]
     found: dict[str, list] = {case: [] for case in cases}
-    for _ in range(TURNS):
+    for _ in range(arguments.turns):
         for case, runs in found.items():
             runs.append(in_process(case, depth, batch_size))
     seconds = {
