@@ -8,7 +8,6 @@ has checkpoints and its features were not looked at yet, they are, and features.
 
 import argparse
 import itertools
-import math
 import shlex
 import statistics
 import sys
@@ -25,7 +24,7 @@ IMAGES = 512  # of which similarity is taken: fewer make it larger
 HEAD = """# Results
 
 The paper's claims, as far as runs of this project have come to them. Written by
-`python -m experiments.results` from the cells in `results/`, not by hand; each table has its
+`python -m experiments.results` from the cells in `{cells}/`, not by hand; each table has its
 command, which goes on from the cells that are there (with `TFDS_DATA_DIR` set). The data are
 CIFAR-10 as JPEG copies (quality 75), on which accuracies are a little lower than on the original,
 and schedules are short where the published ones have 400 epochs. The paper's own figures are means
@@ -33,9 +32,9 @@ of five runs.
 
 ## Claims
 
-A difference is decided where it is more than two standard errors, with two runs or more on each
-side. One run each only points somewhere: at 6 epochs the same seed differed by up to 1.5 points
-between two machines. Time is that of the tenth fastest steps, as other things ran beside most runs.
+A difference is decided where Welch's t-test of two runs or more on each side gives p < 0.05. One
+run only points somewhere: at 6 epochs the same seed differed by up to 1.5 points between two
+machines. Time is that of the fastest tenth of the steps, as other things ran beside most runs.
 """
 
 
@@ -75,9 +74,10 @@ def features(run_dir: Path) -> dict | None:
 def compare(better: list[float], worse: list[float]) -> tuple[str, str]:
     """The difference of two means, in points, and what it says of `better` > `worse`.
 
-    It is decided where it is more than two of its standard errors, for which each side needs two
-    runs.
+    It is decided by Welch's t-test at 0.05, for which each side needs two runs.
     """
+    from scipy import stats
+
     if not better or not worse:
         return "", "not run"
     difference = statistics.mean(better) - statistics.mean(worse)
@@ -85,10 +85,9 @@ def compare(better: list[float], worse: list[float]) -> tuple[str, str]:
     if min(len(better), len(worse)) < 2:
         runs = "one run each" if len(better) == len(worse) == 1 else "one run on one side"
         return text, f"{'points to it' if difference > 0 else 'points against it'}, {runs}"
-    error = math.sqrt(sum(statistics.variance(each) / len(each) for each in (better, worse)))
-    if abs(difference) <= 2 * error:
-        return f"{text} ± {error:.2f}", "not decided"
-    return f"{text} ± {error:.2f}", "holds" if difference > 0 else "does not hold"
+    p = stats.ttest_ind(better, worse, equal_var=False).pvalue
+    verdict = "holds" if difference > 0 else "does not hold"
+    return text, f"{verdict if p < 0.05 else 'not decided'}, p = {p:.2g}"
 
 
 def check(claim: dict, cells: dict[str, list[dict]]) -> list[tuple[str, str, str]]:
@@ -130,7 +129,11 @@ def write(out: Path) -> str:
 
     Returns:
       The Markdown.
+    Raises:
+      UserError: if there is no such directory.
     """
+    if not out.is_dir():
+        raise UserError(f"--out={str(out)!r} is no directory: name that of a table's cells")
     known = tomllib.loads((HERE / "claims.toml").read_text())
     leaves = [f"--config.batch_size={known['batch_size']}"]
     tables, verdicts, hours = [], [], {}
@@ -162,7 +165,7 @@ def write(out: Path) -> str:
     lines += [f"| {' | '.join(map(str, line))} |" for line in verdicts]
     total = f"{len(hours)} runs, {sum(hours.values()):.1f} hours."
     why = [f"**{c['text']}.** {c['why']}\n" for c in known["claims"] if "why" in c]
-    text = "\n".join([HEAD, *lines, "", total, "", *why, *tables])
+    text = "\n".join([HEAD.format(cells=out.name), *lines, "", total, "", *why, *tables])
     (out.parent / "RESULTS.md").write_text(text)
     return text
 

@@ -25,15 +25,16 @@ def test_every_claim_is_about_rows_of_a_block():
 @pytest.mark.parametrize(
     ("better", "worse", "verdict"),
     [
-        ([91.0, 91.2], [90.0, 90.2], ("+1.00 ± 0.14", "holds")),
-        ([90.0, 90.2], [91.0, 91.2], ("-1.00 ± 0.14", "does not hold")),
-        ([90.0, 91.0], [90.0, 90.2], ("+0.40 ± 0.51", "not decided")),
+        # t = 1 / 0.1414 with 2 degrees of freedom
+        ([91.0, 91.2], [90.0, 90.2], ("+1.00", "holds, p = 0.019")),
+        ([90.0, 90.2], [91.0, 91.2], ("-1.00", "does not hold, p = 0.019")),
+        ([90.0, 91.0], [90.0, 90.2], ("+0.40", "not decided, p = 0.57")),
         ([91.0], [90.0], ("+1.00", "points to it, one run each")),
         ([90.0], [91.0, 91.2], ("-1.10", "points against it, one run on one side")),
         ([], [91.0], ("", "not run")),
     ],
 )
-def test_a_difference_is_decided_by_two_standard_errors(better, worse, verdict):
+def test_a_difference_is_decided_by_a_test(better, worse, verdict):
     assert results.compare(better, worse) == verdict
 
 
@@ -65,6 +66,10 @@ def test_results_say_what_is_there_and_what_is_not(tmp_path, monkeypatch, capsys
     for run_dir in stored.glob("cifar10-batch-size-128-epochs-10/resnet20*/seed0"):
         shutil.copytree(run_dir, out / run_dir.relative_to(stored))
     monkeypatch.chdir(tmp_path)
+    assert results.main(["--out=cell"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --out='cell' is no directory: name that of a table's cells\n"
+    )
     assert results.main(["--out=cells"]) == 0
     text = (tmp_path / "RESULTS.md").read_text()
     assert text in capsys.readouterr().out
