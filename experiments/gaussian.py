@@ -53,12 +53,13 @@ def squared_norms(conv: linen.Conv, x: Array) -> Array:
     """`[batch, height', width', filters]`: ||patch||^2 + ||filter||^2 of a convolution of `x`."""
     filters = conv.variables["params"]["kernel"]
     pad = (conv.padding, conv.padding)
+    strides = (conv.strides,) * 2 if isinstance(conv.strides, int) else conv.strides
     patches = lax.reduce_window(
         jnp.square(x).sum(-1, keepdims=True),
         0.0,
         lax.add,
         (1, *conv.kernel_size, 1),
-        (1, *conv.strides, 1) if isinstance(conv.strides, tuple) else (1, 1, 1, 1),
+        (1, *strides, 1),
         ((0, 0), pad, pad, (0, 0)),
     )
     return patches + jnp.square(filters).sum((0, 1, 2))

@@ -76,13 +76,15 @@ def markdown(table: dict, found: dict, command: str) -> str:
             f"Accuracy of the student on {' or '.join(judges)}, BatchNorm's statistics recalibrated"
             " (as trained: not); mean ± standard deviation over runs.",
             "",
-            *(f"- [{number}] {names[source]}" for source, number in sources.items()),
-            f"- `{command}`",
             _all("versions", (" ".join(map(" ".join, c["versions"].items())) for c in every)),
             _all("device", (cell["device"] for cell in every)),
             _all("schedule", (f"{c['steps']} steps of {c['batch_size']} images" for c in every)),
             f"- runs: {len(every)}, wall time {sum(cell['wall_s'] for cell in every) / 3600:.2f} h",
         ]
+    text += [
+        f"- `{command}`",
+        *(f"- [{number}] {names[source]}" for source, number in sources.items()),
+    ]
     return "\n".join(text) + "\n"
 
 

@@ -7,7 +7,6 @@ has checkpoints and its features were not looked at yet, they are, and features.
 """
 
 import argparse
-import itertools
 import shlex
 import statistics
 import sys
@@ -43,13 +42,13 @@ def features(run_dir: Path) -> dict | None:
 
     Returns:
       "filters": network -> how many of its layers behind the stem are nearer to "laplace", "gauss"
-      or "neither"; "similarity", of a run with a teacher: linear CKA of both networks' raw
-      responses, mean over the convolutions of the student that end a block.
+      or "neither"; "similarity", of a run with a teacher of the same depth: linear CKA of both
+      networks' raw responses, mean over the convolutions that end a block.
     """
     path = run_dir / "features.json"
     if path.exists() or not (run_dir / "checkpoints").is_dir():
         return metrics.read_json(path)
-    run, found = analysis.load(run_dir), {"filters": {}}
+    run, found = analysis.load(run_dir, trust=True), {"filters": {}}
     for which, network in run.networks.items():
         nearer = [
             analysis.fit(filters).better
@@ -60,13 +59,12 @@ def features(run_dir: Path) -> dict | None:
             key: nearer.count(key) for key in ("laplace", "gauss", "neither")
         }
     if "teacher" in run.networks:
-        images, _ = analysis.examples(run, IMAGES)
+        images, _ = analysis.examples(run, IMAGES, trust=True)
         both = [run.networks[which].outputs(images).features for which in ("student", "teacher")]
         taps = [select_taps(each, "block_ends") for each in both]
-        if taps[0] == taps[1]:
-            found["similarity"] = statistics.mean(
-                analysis.linear_cka(both[0][tap], both[1][tap]) for tap in taps[0]
-            )
+        found["similarity"] = statistics.mean(
+            analysis.linear_cka(both[0][a], both[1][b]) for a, b in zip(*taps, strict=True)
+        )
     metrics.write_json(path, found)
     return found
 
@@ -82,45 +80,66 @@ def compare(better: list[float], worse: list[float]) -> tuple[str, str]:
         return "", "not run"
     difference = statistics.mean(better) - statistics.mean(worse)
     text = f"{difference:+.2f}"
+    if difference == 0:
+        return text, "not decided"
     if min(len(better), len(worse)) < 2:
-        runs = "one run each" if len(better) == len(worse) == 1 else "one run on one side"
-        return text, f"{'points to it' if difference > 0 else 'points against it'}, {runs}"
+        where = "to" if difference > 0 else "against"
+        runs = "one run each" if len(better) == len(worse) else "one run on one side"
+        return text, f"points {where} it, {runs}"
     p = stats.ttest_ind(better, worse, equal_var=False).pvalue
     verdict = "holds" if difference > 0 else "does not hold"
     return text, f"{verdict if p < 0.05 else 'not decided'}, p = {p:.2g}"
 
 
+def compare_filters(cells: list[dict]) -> list[tuple[str, str, str]]:
+    """For each network of `cells`: its name, how many layers are nearer to what, and a verdict."""
+    looked = [cell["features"]["filters"] for cell in cells if cell["features"]]
+    if not looked:
+        return [("", "", "no checkpoint" if cells else "not run")]
+    lines = []
+    for which, wanted in (("student", "laplace"), ("teacher", "gauss")):
+        counts = {key: sum(each[which][key] for each in looked) for key in looked[0][which]}
+        text = ", ".join(f"{count} {key}" for key, count in counts.items())
+        most = counts[wanted] > sum(counts.values()) / 2
+        lines.append((f"{which}'s layers", text, "holds" if most else "does not hold"))
+    return lines
+
+
+def compare_similarity(better: list[dict], worse: list[dict]) -> tuple[str, str]:
+    """Both means, and what they say of `better` being more alike."""
+    looked = [[c["features"]["similarity"] for c in s if c["features"]] for s in (better, worse)]
+    if better and worse and not all(looked):
+        return "", "no checkpoint"
+    text = " and ".join(f"{statistics.mean(values):.3f}" for values in looked if values)
+    return text, compare(*looked)[1]
+
+
+def compare_time(better: list[dict], worse: list[dict], bound: float) -> tuple[str, str]:
+    """How many times longer `better` takes for an image, and whether `bound` is kept."""
+    if not better or not worse:
+        return "", "not run"
+    if len({cell["device"] for cell in better + worse}) > 1:
+        return "", "not comparable: made on different devices"
+    ours, theirs = (statistics.mean(c["fastest_images_per_s"] for c in s) for s in (better, worse))
+    return f"{theirs / ours:.2f} times", "holds" if theirs / ours <= bound else "does not hold"
+
+
 def check(claim: dict, cells: dict[str, list[dict]]) -> list[tuple[str, str, str]]:
     """What finished cells, by row, say of a claim: comparison, figures and verdict, one each."""
-    quantity, name = claim.get("quantity", "accuracy"), claim["better"]
-    better, lines = cells[name], []
+    quantity, better = claim.get("quantity", "accuracy"), cells[claim["better"]]
     if quantity == "filters":
-        looked = [cell["features"]["filters"] for cell in better if cell["features"]]
-        if not looked:
-            return [(name, "", "not run")]
-        for which, wanted in (("student", "laplace"), ("teacher", "gauss")):
-            counts = {key: sum(each[which][key] for each in looked) for key in looked[0][which]}
-            text = ", ".join(f"{count} {key}" for key, count in counts.items())
-            most = counts[wanted] > sum(counts.values()) / 2
-            lines.append((f"{which}'s layers", text, "holds" if most else "does not hold"))
-        return lines
+        return compare_filters(better)
+    lines = []
     for other in claim["worse"]:
-        sides = better, cells[other]
-        if quantity == "accuracy":
-            text, verdict = compare(*([cell["accuracy"] for cell in side] for side in sides))
-        elif quantity == "similarity":
-            looked = [[c["features"]["similarity"] for c in s if c["features"]] for s in sides]
-            text, verdict = compare(*looked)
-            text = " and ".join(f"{statistics.mean(values):.3f}" for values in looked if values)
-        elif all(sides):
-            ours, theirs = (
-                statistics.mean(c["fastest_images_per_s"] for c in side) for side in sides
-            )
-            text, within = f"{theirs / ours:.2f} times", theirs / ours <= claim["bound"]
-            verdict = "holds" if within else "does not hold"
+        worse = cells[other]
+        if quantity == "similarity":
+            found = compare_similarity(better, worse)
+        elif quantity == "time":
+            found = compare_time(better, worse, claim["bound"])
         else:
-            text, verdict = "", "not run"
-        lines.append((f"{name} {'/' if quantity == 'time' else '>'} {other}", text, verdict))
+            found = compare(*([cell["accuracy"] for cell in side] for side in (better, worse)))
+        sign = "/" if quantity == "time" else ">"
+        lines.append((f"{claim['better']} {sign} {other}", *found))
     return lines
 
 
@@ -151,20 +170,26 @@ def write(out: Path) -> str:
         text = report.markdown(content, found, shlex.join([*words, f"--out={out}"]))
         tables.append(f"#{text}".replace("\n", f", {epochs} epochs\n", 1))
         if any(found.values()):
-            picture = out / f"{block['table']}-{cells.schedule}-curves.png"
+            # Not the name that the table itself gives its picture, which may have more rows.
+            picture = out / f"results-{block['table']}-{epochs}-epochs-curves.png"
             report.plot_curves(content, found, picture)
             tables.append(f"![learning curves]({picture.relative_to(out.parent)})\n")
         by_row = {row: cells for (row, _), cells in found.items()}
-        for cell in itertools.chain(*by_row.values()):
-            cell["features"] = features(cell["run_dir"])
-            hours[cell["run_dir"]] = cell["wall_s"] / 3600
+        hours |= {
+            cell["run_dir"]: cell["wall_s"] / 3600 for cells in by_row.values() for cell in cells
+        }
         for claim in known["claims"]:
-            if claim["table"] == block["table"]:
-                verdicts += [(claim["text"], epochs, *line) for line in check(claim, by_row)]
+            if claim["table"] != block["table"]:
+                continue
+            if claim.get("quantity") in ("filters", "similarity"):
+                for row in (claim["better"], *claim.get("worse", [])):
+                    for cell in by_row[row]:
+                        cell["features"] = features(cell["run_dir"])
+            verdicts += [(claim["text"], epochs, *line) for line in check(claim, by_row)]
     lines = ["| claim | epochs | | figures | here |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(map(str, line))} |" for line in verdicts]
     total = f"{len(hours)} runs, {sum(hours.values()):.1f} hours."
-    why = [f"**{c['text']}.** {c['why']}\n" for c in known["claims"] if "why" in c]
+    why = [f"**{c['text']}.** {c['why'].strip()}\n" for c in known["claims"] if "why" in c]
     text = "\n".join([HEAD.format(cells=out.name), *lines, "", total, "", *why, *tables])
     (out.parent / "RESULTS.md").write_text(text)
     return text

@@ -1,32 +1,11 @@
 """What a run directory says of itself, read without importing or executing anything it names."""
 
 import json
-import subprocess
 from collections.abc import Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from pkkd_jax.names import UserError
-
-
-def version() -> str:
-    """The package's version, and the commit, `0.1.0 (1a2b3c4)`, where it is run from its checkout.
-
-    Where files differ from the commit, "-dirty" stands behind it.
-    """
-    found, place = metadata.version("pkkd_jax"), Path(__file__).resolve().parent.parent
-
-    def git(*arguments):
-        command = ["git", "-C", str(place), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != place:
-            return found  # installed inside the repository of another project
-        return f"{found} ({git('describe', '--always', '--dirty')})"
-    except (OSError, subprocess.CalledProcessError):
-        return found
 
 
 def read_config(run_dir: str | Path) -> dict:

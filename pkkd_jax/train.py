@@ -5,8 +5,8 @@ import contextlib
 import copy
 import faulthandler
 import json
-import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -53,6 +53,35 @@ class Interrupted(Exception):
     def __init__(self, signum: int, step: int):
         super().__init__(f"stopped by {signal.Signals(signum).name} and saved at step {step}")
         self.signum, self.step = signum, step
+
+
+def version() -> str:
+    """The package's version, and the commit, `0.1.0 (1a2b3c4)`, where it is run from its checkout.
+
+    Where files differ from the commit, "-dirty" stands behind it.
+    """
+    found, place = metadata.version("pkkd_jax"), Path(__file__).resolve().parent.parent
+
+    def git(*arguments):
+        command = ["git", "-C", str(place), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != place:
+            return found  # installed inside the repository of another project
+        return f"{found} ({git('describe', '--always', '--dirty')})"
+    except (OSError, subprocess.CalledProcessError):
+        return found
+
+
+def _origin() -> dict:
+    """What `results.json` says of where the last start of a training was made."""
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    device = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    return {
+        "versions": {**versions, "pkkd_jax": version()},
+        "device": f"{device}, adder op: {adder.implementation()}",
+    }
 
 
 def check_run(workdir: Path, config: dict) -> None:
@@ -247,7 +276,7 @@ def train_and_evaluate(
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
     shared = json.dumps(_without(config_lib.to_json(config), OWN), sort_keys=True)
     distributed.require_same(shared, "configuration")
-    built = experiment.build(config)
+    built, origin = experiment.build(config), _origin()
     sizes = len(built.splits.train), len(built.splits.test)
     distributed.require_same(str(sizes), "number of examples")
     checkpoints = found = results = None
@@ -280,7 +309,7 @@ def train_and_evaluate(
                     cost.write(workdir, costs)
                 writer = metrics.Writer(workdir, int(step))
                 at_exit.callback(writer.close)
-            results = _loop(
+            results = origin | _loop(
                 built, state, checkpoints, writer, watchdog, at_interval, at_signal, at_picture
             )
             if writes:
@@ -435,13 +464,4 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
             elif wish:
                 save()
         results = results or evaluate()
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-    versions["pkkd_jax"] = runs.version()
-    return {
-        **results,
-        "steps": total,
-        "wall_s": time.perf_counter() - began,
-        "versions": versions,
-        "device": f"{jax.device_count()} {jax.devices()[0].device_kind}, {os.cpu_count()} cores,"
-        f" adder op: {adder.implementation()}",
-    }
+    return {**results, "steps": total, "wall_s": time.perf_counter() - began}

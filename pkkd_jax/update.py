@@ -61,8 +61,8 @@ def hyperparameters(recipe: Recipe) -> dict:
     "weights" of the losses whose weight is no schedule.
     """
     plain = {name: w for name, (w, _) in recipe.losses.items() if not callable(w)}
-    found = {"key": jax.random.key(recipe.seed), "alpha": recipe.alpha, "weights": plain}
-    return jax.tree.map(lambda a: jnp.float32(a) if isinstance(a, (int, float)) else a, found)
+    numbers = jax.tree.map(jnp.float32, {"alpha": recipe.alpha, "weights": plain})
+    return {"key": jax.random.key_data(jax.random.key(recipe.seed)), **numbers}
 
 
 def pmap(function: Callable, *constants: Any, donate: bool = False) -> Callable:
@@ -220,7 +220,9 @@ def _prepared(recipe: Recipe, given: dict, step, index, images):
     """The augmented images of one micro-batch, and the key of its dropout."""
     start = (index * lax.axis_size(AXIS) + lax.axis_index(AXIS)) * images.shape[0]
     positions = start + jnp.arange(images.shape[0])
-    augment_key, dropout_key = jax.random.split(jax.random.fold_in(given["key"], step))
+    augment_key, dropout_key = jax.random.split(
+        jax.random.fold_in(jax.random.wrap_key_data(given["key"]), step)
+    )
     images = data.augment(augment_key, images, positions, **recipe.augmentation)
     return images, jax.random.fold_in(dropout_key, start)
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -13,13 +14,13 @@ KNOWN = tomllib.loads((results.HERE / "claims.toml").read_text())
 
 
 def test_every_claim_is_about_rows_of_a_block():
-    rows = {}
+    assert {claim["table"] for claim in KNOWN["claims"]} == {b["table"] for b in KNOWN["blocks"]}
     for block in KNOWN["blocks"]:
-        content = table.load(block["table"])
-        assert set(block.get("rows", [])) <= set(content["rows"])
-        rows.setdefault(block["table"], set()).update(block.get("rows", content["rows"]))
-    for claim in KNOWN["claims"]:
-        assert {claim["better"], *claim.get("worse", [])} <= rows[claim["table"]]
+        rows = block.get("rows", table.load(block["table"])["rows"])
+        assert set(rows) <= set(table.load(block["table"])["rows"])
+        for claim in KNOWN["claims"]:
+            if claim["table"] == block["table"]:
+                assert {claim["better"], *claim.get("worse", [])} <= set(rows)
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,8 @@ def test_every_claim_is_about_rows_of_a_block():
         ([90.0, 91.0], [90.0, 90.2], ("+0.40", "not decided, p = 0.57")),
         ([91.0], [90.0], ("+1.00", "points to it, one run each")),
         ([90.0], [91.0, 91.2], ("-1.10", "points against it, one run on one side")),
+        ([91.0], [91.0], ("+0.00", "not decided")),
+        ([91.0, 91.0], [91.0, 91.0], ("+0.00", "not decided")),
         ([], [91.0], ("", "not run")),
     ],
 )
@@ -41,30 +44,44 @@ def test_a_difference_is_decided_by_a_test(better, worse, verdict):
 def cell(**changes):
     looked = {"student": {"laplace": 3, "gauss": 1}, "teacher": {"laplace": 3, "gauss": 1}}
     features = {"filters": looked, "similarity": 0.9}
-    return {"accuracy": 90.0, "fastest_images_per_s": 100.0, "features": features, **changes}
+    figures = {"accuracy": 90.0, "fastest_images_per_s": 100.0, "device": "1 cpu"}
+    return {**figures, "features": features, **changes}
 
 
 def test_each_quantity_has_its_own_comparison():
-    cells = {"a": [cell()], "b": [cell(fastest_images_per_s=150.0)], "c": [cell(features=None)]}
+    cells = {"a": [cell()], "b": [cell(fastest_images_per_s=150.0)], "none": []}
+    cells["c"] = [cell(features=None, device="1 gpu")]
     time = {"quantity": "time", "better": "a", "worse": ["b"], "bound": 1.2}
     assert results.check(time, cells) == [("a / b", "1.50 times", "does not hold")]
     assert results.check({**time, "bound": 1.6}, cells)[0][2] == "holds"
+    verdicts = [line[2] for line in results.check({**time, "worse": ["c", "none"]}, cells)]
+    assert verdicts == ["not comparable: made on different devices", "not run"]
     assert results.check({"quantity": "filters", "better": "a"}, cells) == [
         ("student's layers", "3 laplace, 1 gauss", "holds"),
         ("teacher's layers", "3 laplace, 1 gauss", "does not hold"),
     ]
-    alike = {"quantity": "similarity", "better": "a", "worse": ["b", "c"]}
-    assert [verdict for _, _, verdict in results.check(alike, cells)] == [
-        "points against it, one run each",
-        "not run",
+    assert results.check({"quantity": "filters", "better": "c"}, cells)[0][2] == "no checkpoint"
+    assert results.check({"quantity": "filters", "better": "none"}, cells)[0][2] == "not run"
+    less = {**cell()["features"], "similarity": 0.8}
+    cells["b"] = [cell(features=less)]
+    alike = {"quantity": "similarity", "better": "a", "worse": ["b", "c", "none"]}
+    assert [line[1:] for line in results.check(alike, cells)] == [
+        ("0.900 and 0.800", "points to it, one run each"),
+        ("", "no checkpoint"),
+        ("0.900", "not run"),
     ]
 
 
 def test_results_say_what_is_there_and_what_is_not(tmp_path, monkeypatch, capsys):
     out = tmp_path / "cells"
     stored = results.HERE / "results"
-    for run_dir in stored.glob("cifar10-batch-size-128-epochs-10/resnet20*/seed0"):
-        shutil.copytree(run_dir, out / run_dir.relative_to(stored))
+    names = ("resnet20", "resnet20-distill.pkkd.kernel-False")
+    for name in names:
+        place = Path("cifar10-batch-size-128-epochs-10", name, "seed0")
+        (out / place).mkdir(parents=True)
+        for file in stored.joinpath(place).iterdir():
+            if file.suffix in (".json", ".jsonl"):
+                shutil.copy(file, out / place)
     monkeypatch.chdir(tmp_path)
     assert results.main(["--out=cell"]) == 2
     assert capsys.readouterr().err == (
@@ -77,14 +94,14 @@ def test_results_say_what_is_there_and_what_is_not(tmp_path, monkeypatch, capsys
         json.loads(
             (out / f"cifar10-batch-size-128-epochs-10/{name}/seed0/results.json").read_text()
         )
-        for name in ("resnet20", "resnet20-distill.pkkd.kernel-False")
+        for name in names
     ]
     with_kernel, without = (100 * found["test/student/accuracy"] for found in accuracies)
     assert f"| {with_kernel - without:+.2f} |" in text
     assert f"| kernel, progressive | yes | {with_kernel:.2f} |" in text
     assert "| kernel, fixed |  | not run |" in text
-    assert (out / "response5-batch-size-128-epochs-10-curves.png").stat().st_size > 10_000
-    assert "(cells/response5-batch-size-128-epochs-10-curves.png)" in text
+    assert (out / "results-response5-10-epochs-curves.png").stat().st_size > 10_000
+    assert "(cells/results-response5-10-epochs-curves.png)" in text
 
 
 def test_features_are_looked_at_once_and_kept(kernel_run, alone_run, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from trainings import MINE, QUICKSTART, ROOT, SHORT, command, final
 
-from pkkd_jax import checkpoint, evaluate, experiment, main, runs, train
+from pkkd_jax import checkpoint, evaluate, experiment, main, train
 from pkkd_jax.names import UserError
 from pkkd_jax.ops import cpu
 
@@ -28,16 +28,16 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
     version = metadata.version("pkkd_jax")
     package = tmp_path / "checkout" / "pkkd_jax"
     package.mkdir(parents=True)
-    monkeypatch.setattr(runs, "__file__", str(package / "runs.py"))
-    assert runs.version() == version
+    monkeypatch.setattr(train, "__file__", str(package / "train.py"))
+    assert train.version() == version
     git = ["git", "-C", str(tmp_path / "checkout"), "-c", "user.name=a", "-c", "user.email=a@b"]
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-qm", "first", "--allow-empty"], check=True)
-    assert re.fullmatch(rf"{re.escape(version)} \([0-9a-f]+\)", runs.version())
-    inside = tmp_path / "checkout" / "site-packages" / "pkkd_jax" / "runs.py"
+    assert re.fullmatch(rf"{re.escape(version)} \([0-9a-f]+\)", train.version())
+    inside = tmp_path / "checkout" / "site-packages" / "pkkd_jax" / "train.py"
     inside.parent.mkdir(parents=True)
-    monkeypatch.setattr(runs, "__file__", str(inside))
-    assert runs.version() == version
+    monkeypatch.setattr(train, "__file__", str(inside))
+    assert train.version() == version
 
 
 def test_the_run_directory_is_complete(finished):
@@ -54,7 +54,7 @@ def test_the_run_directory_is_complete(finished):
     assert results["steps"] == 12
     assert results["wall_s"] > 0
     assert results["versions"]["jax"]
-    assert results["versions"]["pkkd_jax"] == runs.version()
+    assert results["versions"]["pkkd_jax"] == train.version()
     assert f"adder op: {cpu.selected()}" in results["device"]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert any("train/student/loss_mid" in row for row in rows)
