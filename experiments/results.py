@@ -15,7 +15,6 @@ from pathlib import Path
 
 from experiments import report, table
 from pkkd_jax import analysis, metrics
-from pkkd_jax.distill.taps import select_taps
 from pkkd_jax.names import UserError
 
 HERE = Path(__file__).parent
@@ -42,8 +41,8 @@ def features(run_dir: Path) -> dict | None:
 
     Returns:
       "filters": network -> how many of its layers behind the stem are nearer to "laplace", "gauss"
-      or "neither"; "similarity", of a run with a teacher of the same depth: linear CKA of both
-      networks' raw responses, mean over the convolutions that end a block.
+      or "neither"; "similarity", of a run with a teacher: linear CKA of both networks' raw
+      responses, mean over the taps that PKKD compares.
     """
     path = run_dir / "features.json"
     if path.exists() or not (run_dir / "checkpoints").is_dir():
@@ -60,11 +59,8 @@ def features(run_dir: Path) -> dict | None:
         }
     if "teacher" in run.networks:
         images, _ = analysis.examples(run, IMAGES, trust=True)
-        both = [run.networks[which].outputs(images).features for which in ("student", "teacher")]
-        taps = [select_taps(each, "block_ends") for each in both]
-        found["similarity"] = statistics.mean(
-            analysis.linear_cka(both[0][a], both[1][b]) for a, b in zip(*taps, strict=True)
-        )
+        alike = analysis.similarities(analysis.responses(run, images))["raw"]
+        found["similarity"] = statistics.mean(alike.values())
     metrics.write_json(path, found)
     return found
 

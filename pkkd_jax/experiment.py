@@ -282,7 +282,7 @@ def describe(experiment: Experiment, step: int, workdir: Path, cost_line: str) -
         if not callable(by_step):
             return f"{by_step:g}"
         first, last = (f"{float(by_step(step)):g}" for step in (0, experiment.total_steps))
-        return f"{first}..{last}"
+        return first if first == last else f"{first}..{last}"
 
     kinds = sorted({d.device_kind for d in jax.devices()})
     return {

@@ -6,13 +6,11 @@ import copy
 import faulthandler
 import json
 import signal
-import subprocess
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +18,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, cost, distributed, experiment, metrics, runs
+from pkkd_jax import checkpoint, cost, distributed, experiment, metrics, provenance, runs
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError
-from pkkd_jax.ops import adder
 from pkkd_jax.state import DistillState
 
 # Leaves in which processes that train together may differ: they do no step of the work.
@@ -53,35 +50,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int, step: int):
         super().__init__(f"stopped by {signal.Signals(signum).name} and saved at step {step}")
         self.signum, self.step = signum, step
-
-
-def version() -> str:
-    """The package's version, and the commit, `0.1.0 (1a2b3c4)`, where it is run from its checkout.
-
-    Where files differ from the commit, "-dirty" stands behind it.
-    """
-    found, place = metadata.version("pkkd_jax"), Path(__file__).resolve().parent.parent
-
-    def git(*arguments):
-        command = ["git", "-C", str(place), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != place:
-            return found  # installed inside the repository of another project
-        return f"{found} ({git('describe', '--always', '--dirty')})"
-    except (OSError, subprocess.CalledProcessError):
-        return found
-
-
-def _origin() -> dict:
-    """What `results.json` says of where the last start of a training was made."""
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
-    device = f"{jax.device_count()} {jax.devices()[0].device_kind}"
-    return {
-        "versions": {**versions, "pkkd_jax": version()},
-        "device": f"{device}, adder op: {adder.implementation()}",
-    }
 
 
 def check_run(workdir: Path, config: dict) -> None:
@@ -276,7 +244,7 @@ def train_and_evaluate(
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
     shared = json.dumps(_without(config_lib.to_json(config), OWN), sort_keys=True)
     distributed.require_same(shared, "configuration")
-    built, origin = experiment.build(config), _origin()
+    built = experiment.build(config)
     sizes = len(built.splits.train), len(built.splits.test)
     distributed.require_same(str(sizes), "number of examples")
     checkpoints = found = results = None
@@ -309,6 +277,7 @@ def train_and_evaluate(
                     cost.write(workdir, costs)
                 writer = metrics.Writer(workdir, int(step))
                 at_exit.callback(writer.close)
+            origin = provenance.origin()  # now: a commit may follow while the training runs
             results = origin | _loop(
                 built, state, checkpoints, writer, watchdog, at_interval, at_signal, at_picture
             )

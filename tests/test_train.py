@@ -1,16 +1,13 @@
 """The loop through the command line: results, resuming, and every mistake a user can make."""
 
 import json
-import re
-import subprocess
-from importlib import metadata
 
 import numpy as np
 import pytest
 from PIL import Image
 from trainings import MINE, QUICKSTART, ROOT, SHORT, command, final
 
-from pkkd_jax import checkpoint, evaluate, experiment, main, train
+from pkkd_jax import checkpoint, evaluate, experiment, main, provenance, train
 from pkkd_jax.names import UserError
 from pkkd_jax.ops import cpu
 
@@ -22,22 +19,6 @@ def test_a_run_says_what_it_does_and_what_came_of_it(finished):
                  "12 of 16 images", ", new", "step 12/12", "img/s", "uncalibrated accuracy",
                  str(workdir)):  # fmt: skip
         assert text in out
-
-
-def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
-    version = metadata.version("pkkd_jax")
-    package = tmp_path / "checkout" / "pkkd_jax"
-    package.mkdir(parents=True)
-    monkeypatch.setattr(train, "__file__", str(package / "train.py"))
-    assert train.version() == version
-    git = ["git", "-C", str(tmp_path / "checkout"), "-c", "user.name=a", "-c", "user.email=a@b"]
-    subprocess.run([*git, "init", "-q"], check=True)
-    subprocess.run([*git, "commit", "-qm", "first", "--allow-empty"], check=True)
-    assert re.fullmatch(rf"{re.escape(version)} \([0-9a-f]+\)", train.version())
-    inside = tmp_path / "checkout" / "site-packages" / "pkkd_jax" / "train.py"
-    inside.parent.mkdir(parents=True)
-    monkeypatch.setattr(train, "__file__", str(inside))
-    assert train.version() == version
 
 
 def test_the_run_directory_is_complete(finished):
@@ -54,7 +35,7 @@ def test_the_run_directory_is_complete(finished):
     assert results["steps"] == 12
     assert results["wall_s"] > 0
     assert results["versions"]["jax"]
-    assert results["versions"]["pkkd_jax"] == train.version()
+    assert results["versions"]["pkkd_jax"] == provenance.version()
     assert f"adder op: {cpu.selected()}" in results["device"]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert any("train/student/loss_mid" in row for row in rows)

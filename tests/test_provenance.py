@@ -1,0 +1,23 @@
+"""Where results come from."""
+
+import re
+import subprocess
+from importlib import metadata
+
+from pkkd_jax import provenance
+
+
+def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
+    version = metadata.version("pkkd_jax")
+    package = tmp_path / "checkout" / "pkkd_jax"
+    package.mkdir(parents=True)
+    monkeypatch.setattr(provenance, "__file__", str(package / "provenance.py"))
+    assert provenance.version() == version
+    git = ["git", "-C", str(tmp_path / "checkout"), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-qm", "first", "--allow-empty"], check=True)
+    assert re.fullmatch(rf"{re.escape(version)} \([0-9a-f]+\)", provenance.version())
+    inside = tmp_path / "checkout" / "site-packages" / "pkkd_jax" / "provenance.py"
+    inside.parent.mkdir(parents=True)
+    monkeypatch.setattr(provenance, "__file__", str(inside))
+    assert provenance.version() == version
