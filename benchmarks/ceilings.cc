@@ -6,7 +6,8 @@ namespace {
 
 constexpr int kDepth = 144;  // terms that are summed into one response
 
-template <int kPixels, int kVectors, class Term>
+// `term` adds kTerms terms to a total, of the pixel's values a[term] and the filters' f[term][v].
+template <int kTerms, int kPixels, int kVectors, class Term>
 INLINE void sum(const float* x, const float* w, float* out, Term term) {
   Vector total[kPixels][kVectors];
 UNROLL
@@ -14,15 +15,19 @@ UNROLL
 UNROLL
     for (int v = 0; v < kVectors; ++v) total[m][v] = zero();
   }
-  for (int k = 0; k < kDepth; ++k) {
-    Vector f[kVectors];
+  for (int k = 0; k < kDepth; k += kTerms) {
+    Vector f[kTerms][kVectors];
 UNROLL
-    for (int v = 0; v < kVectors; ++v) f[v] = load(w + (k * kVectors + v) * kLanes);
+    for (int i = 0; i < kTerms * kVectors; ++i) {
+      f[i / kVectors][i % kVectors] = load(w + (k * kVectors + i) * kLanes);
+    }
 UNROLL
     for (int m = 0; m < kPixels; ++m) {
-      const Vector a = broadcast(x[k * kPixels + m]);
+      Vector a[kTerms];
 UNROLL
-      for (int v = 0; v < kVectors; ++v) total[m][v] = term(a, f[v], total[m][v], m, v);
+      for (int i = 0; i < kTerms; ++i) a[i] = broadcast(x[(k + i) * kPixels + m]);
+UNROLL
+      for (int v = 0; v < kVectors; ++v) total[m][v] = term(a, f, total[m][v], m, v);
     }
   }
 UNROLL
@@ -32,7 +37,7 @@ UNROLL
   }
 }
 
-constexpr int kWide = kRegisters == 32 ? 12 : 4;
+constexpr int kWide = kRegisters == 32 ? 8 : 4;
 constexpr int kProduct = kRegisters == 32 ? 12 : 6;
 constexpr int kInput = kRegisters == 32 ? 12 : 5;
 
@@ -45,22 +50,30 @@ PUBLIC double forward(long repeats, const float* x, const float* w, float* out) 
   Vector one = broadcast(1.0f);
   OPAQUE(one);
   for (long i = 0; i < repeats; ++i) {
-    sum<kWide, 2>(x, w, out, [=](Vector a, Vector f, Vector total, int m, int v) {
+#if defined(__AVX512F__)
+    sum<2, kWide, 2>(x, w, out, [=](auto& a, auto& f, Vector total, int, int v) {
+      Vector d = mul_sub(a[1], one, f[1][v]);
+      OPAQUE(d);
+      return add(total, greater_magnitude(sub(a[0], f[0][v]), d));
+    });
+#else
+    sum<1, kWide, 2>(x, w, out, [=](auto& a, auto& f, Vector total, int m, int v) {
       if ((m * 2 + v) % 2) {
-        Vector d = mul_sub(a, one, f);
+        Vector d = mul_sub(a[0], one, f[0][v]);
         OPAQUE(d);
         return add(total, abs(d));
       }
-      return mul_add(abs(sub(a, f)), one, total);
+      return mul_add(abs(sub(a[0], f[0][v])), one, total);
     });
+#endif
   }
   return static_cast<double>(repeats) * kDepth * kWide * 2 * kLanes;
 }
 
 PUBLIC double product(long repeats, const float* x, const float* w, float* out) {
   for (long i = 0; i < repeats; ++i) {
-    sum<kProduct, 2>(x, w, out, [](Vector a, Vector f, Vector total, int, int) {
-      return mul_add(a, f, total);
+    sum<1, kProduct, 2>(x, w, out, [](auto& a, auto& f, Vector total, int, int v) {
+      return mul_add(a[0], f[0][v], total);
     });
   }
   return static_cast<double>(repeats) * kDepth * kProduct * 2 * kLanes;
@@ -72,11 +85,11 @@ PUBLIC double input_gradient(long repeats, const float* dy, const float* w, floa
   for (long i = 0; i < repeats; ++i) {
     Vector here[kInput];
     for (int m = 0; m < kInput; ++m) here[m] = load(w + m * kLanes);
-    sum<kInput, 1>(dy, w, out, [&](Vector g, Vector f, Vector total, int m, int) {
+    sum<1, kInput, 1>(dy, w, out, [&](auto& g, auto& f, Vector total, int m, int) {
       const bool fused = kRegisters == 32 && m % 2;  // another port's work on AVX-512
-      Vector d = fused ? mul_sub(f, one, here[m]) : sub(f, here[m]);
+      Vector d = fused ? mul_sub(f[0][0], one, here[m]) : sub(f[0][0], here[m]);
       if (fused) OPAQUE(d);
-      return mul_add(g, clip(d, one), total);
+      return mul_add(g[0], clip(d, one), total);
     });
   }
   return static_cast<double>(repeats) * kDepth * kInput * kLanes;

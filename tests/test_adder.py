@@ -124,6 +124,26 @@ def test_op_equals_float64_loops(case, implementation):
 
 
 @pytest.mark.parametrize("implementation", implementations(), indirect=True)
+def test_integers_are_summed_exactly(implementation):
+    x, w = data((2, 7, 6, 19), (3, 3, 19, 18))
+    x, w = jnp.round(500 * x), jnp.round(500 * w)
+    expected, *_ = reference(x, w, None, (1, 1), ((1, 1), (1, 1)), (1, 1), 1)
+    np.testing.assert_array_equal(adder_conv(x, w, padding=1), expected)
+
+
+@pytest.mark.parametrize("implementation", implementations(), indirect=True)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_is_seen_where_it_lies_and_nowhere_else(value, implementation):
+    x, w = data((1, 6, 7, 5), (3, 3, 5, 4))
+    y = adder_conv(x, w, padding=1)
+    broken = adder_conv(x.at[0, 1, 2, 3].set(value), w, padding=1)
+    seen = np.zeros(y.shape, bool)
+    seen[0, :3, 1:4] = True
+    np.testing.assert_array_equal(broken[~seen], y[~seen])
+    np.testing.assert_array_equal(broken[seen], -abs(value))
+
+
+@pytest.mark.parametrize("implementation", implementations(), indirect=True)
 @pytest.mark.parametrize("input_gradient", ["sign", "full"])
 def test_ablation_changes_dx_only(input_gradient, implementation):
     x, w = data((1, 7, 6, 3), (3, 3, 3, 4))

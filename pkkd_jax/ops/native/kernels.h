@@ -1,4 +1,4 @@
-// Direct convolutions, adder and ordinary, on NHWC images: no im2col, exact arithmetic. Included by
+// Direct convolutions, adder and ordinary, on NHWC images: no im2col, float32 throughout. Included by
 // one translation unit an instruction set.
 //
 // Images are copied a strip of rows at a time into zero-padded scratch, in blocks of 16 channels,
@@ -6,6 +6,11 @@
 // whatever the stride. Filters are packed into panels that stay in the L2 cache while pixels stream.
 // Where a group has fewer filters than a vector has lanes, lanes belong to different groups, and
 // the copy holds for each lane the channel that it sees ("spread").
+//
+// With AVX-512 the adder's forward pass takes two channels at once, as |a| + |b| =
+// max(|a + b|, |a - b|) and the greater of two magnitudes is one instruction: four instructions
+// instead of six. Copy and panels then hold sums and differences of two channels each, whose rounding
+// is of the size that images and filters are rounded with themselves.
 #pragma once
 #include "job.h"
 #include "vector.h"
@@ -20,6 +25,11 @@ constexpr int kWide = kRegisters == 32 ? 8 : 4;     // pixels of a tile two vect
 constexpr int kNarrow = kRegisters == 32 ? 16 : 8;  // pixels of a tile one vector wide
 constexpr int kInput = kRegisters == 32 ? 12 : 6;   // pixels of a tile of the input gradient
 constexpr int kPanel = 2 * kLanes;
+#if defined(__AVX512F__)
+constexpr bool kPairs = true;
+#else
+constexpr bool kPairs = false;
+#endif
 
 INLINE int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -85,9 +95,10 @@ struct Window {
 };
 
 // Copies `channels` from `first` on, in blocks that are `block_stride` apart, the last filled up with
-// zeros.
-inline void copy_blocks(const Window& window, int64_t first, int64_t channels,
-                        int64_t block_stride, float* to) {
+// zeros. Paired: their sums and differences.
+template <bool kIsPaired>
+void copy_blocks(const Window& window, int64_t first, int64_t channels, int64_t block_stride,
+                 float* to) {
   const int64_t pitch = window.pitch(), stride = window.across.stride;
   for (int64_t row = 0; row < window.rows; ++row, to += pitch * stride * kBlock) {
     if (!window.down.reads(row)) continue;
@@ -105,9 +116,13 @@ inline void copy_blocks(const Window& window, int64_t first, int64_t channels,
         for (int64_t start = 0; start < channels; start += kBlock, p += block_stride) {
           for (int64_t i = 0; i < kBlock; i += kLanes) {
             const int64_t left = channels - start - i;
-            store(p + i, zeros || left <= 0 ? zero()
-                         : left >= kLanes   ? load(pixel + start + i)
-                                            : load_some(pixel + start + i, static_cast<int>(left)));
+            Vector here = zeros || left <= 0 ? zero()
+                          : left >= kLanes   ? load(pixel + start + i)
+                                             : load_some(pixel + start + i, static_cast<int>(left));
+#if defined(__AVX512F__)
+            if (kIsPaired) here = sums_and_differences(here);
+#endif
+            store(p + i, here);
           }
         }
       }
@@ -174,6 +189,13 @@ INLINE int64_t slice_of(int64_t blocks, int64_t block_bytes) {
 INLINE int64_t panel_width(const Division& d, int64_t start) {
   return d.filters - start > kLanes ? kPanel : kLanes;
 }
+INLINE bool paired(const Job& job, const Division& d) {
+  return kPairs && job.body != kProduct && !d.spread;
+}
+// Channels of a panel: with one of zeros, where pairs need it.
+INLINE int64_t packed_channels(const Job& job, const Division& d) {
+  return d.channels + (paired(job, d) ? d.channels % 2 : 0);
+}
 INLINE int64_t packed_filters(const Division& d) {
   const int64_t last = d.filters / kPanel * kPanel;
   return last + (last < d.filters ? panel_width(d, last) : 0);
@@ -189,6 +211,8 @@ struct ForwardTile {
 
 template <bool kIsProduct, bool kIsSpread, int kPixels, int kVectors>
 void forward_tile(const ForwardTile& t, const float* x, float* y) {
+  constexpr bool kIsPaired = kPairs && !kIsProduct && !kIsSpread;
+  constexpr int kStep = kIsPaired ? 2 : 1;
   Vector sum[kPixels][kVectors];
   Vector one = broadcast(1.0f);
   OPAQUE(one);  // or the compiler would turn the products with it back into sums
@@ -209,14 +233,24 @@ UNROLL
     const int64_t channels = kIsSpread ? 1 : min(kBlock, left);
     for (int64_t tap = 0; tap < t.num_taps; ++tap) {
       const float* p = x + t.taps[tap];
-      for (int64_t c = 0; c < channels; ++c, ++p, f += kVectors * kLanes) {
-        Vector w[kVectors];
+      for (int64_t c = 0; c < channels; c += kStep, p += kStep, f += kStep * kVectors * kLanes) {
+        Vector w[kStep * kVectors];
 UNROLL
-        for (int v = 0; v < kVectors; ++v) w[v] = load(f + v * kLanes);
+        for (int v = 0; v < kStep * kVectors; ++v) w[v] = load(f + v * kLanes);
 UNROLL
         for (int m = 0; m < kPixels; ++m) {
 UNROLL
           for (int v = 0; v < kVectors; ++v) {
+#if defined(__AVX512F__)
+            if (kIsPaired) {
+              const Vector s = sub(broadcast(p[m * kBlock]), w[v]);
+              // Another unit's work, where products have their own.
+              Vector d = mul_sub(broadcast(p[m * kBlock + 1]), one, w[kVectors + v]);
+              OPAQUE(d);
+              sum[m][v] = add(sum[m][v], greater_magnitude(s, d));
+              continue;
+            }
+#endif
             const Vector a = kIsSpread ? load(p + (m * kVectors + v) * kLanes)
                                        : broadcast(p[m * kBlock]);
             if (kIsProduct) {
@@ -283,7 +317,7 @@ inline Plan plan_forward(const Job& job) {
   cut(&plan, s.n, s.ho, bytes * s.sh, bytes * max(0, down(s).extent() - s.sh), job.threads);
   const int64_t rows = (plan.rows - 1) * s.sh + down(s).extent();
   plan.scratch = plan.images * rows * row_floats;
-  plan.shared = d.groups * s.kh * s.kw * d.channels * packed_filters(d);
+  plan.shared = d.groups * s.kh * s.kw * packed_channels(job, d) * packed_filters(d);
   const int64_t panel_bytes = s.kh * s.kw * d.block * kPanel * static_cast<int64_t>(sizeof(float));
   plan.slice = d.spread ? d.blocks : slice_of(d.blocks, panel_bytes);
   plan.units[0] = d.groups * ceil_div(d.filters, kPanel);
@@ -297,14 +331,23 @@ inline void pack_panel(const Job& job, const Division& d, int64_t unit) {
   const int64_t panels = ceil_div(d.filters, kPanel), taps = s.kh * s.kw;
   const int64_t group = unit / panels, start = unit % panels * kPanel;
   const int64_t width = panel_width(d, start), valid = min(width, d.filters - start);
-  float* to = job.shared + taps * d.channels * (group * packed_filters(d) + start);
-  for (int64_t first = 0; first < d.channels; first += d.block) {
+  const int64_t channels = packed_channels(job, d);
+  float* to = job.shared + taps * channels * (group * packed_filters(d) + start);
+  for (int64_t first = 0; first < channels; first += d.block) {
     for (int64_t tap = 0; tap < taps; ++tap) {
-      for (int64_t c = first; c < min(first + d.block, d.channels); ++c, to += width) {
+      for (int64_t c = first; c < min(first + d.block, channels); ++c, to += width) {
         const float* from = job.w + (tap * d.channels + c) * s.co + group * d.filters + start;
         for (int64_t l = 0; l < width; l += kLanes) {
-          store(to + l, l < valid ? load_lanes(from + l, static_cast<int>(min(kLanes, valid - l)))
-                                  : zero());
+          const bool zeros = l >= valid || c >= d.channels;
+          const Vector here =
+              zeros ? zero() : load_lanes(from + l, static_cast<int>(min(kLanes, valid - l)));
+          if (paired(job, d) && c % 2) {
+            const Vector before = load(to + l - width);
+            store(to + l - width, add(before, here));
+            store(to + l, sub(before, here));
+          } else {
+            store(to + l, here);
+          }
         }
       }
     }
@@ -320,7 +363,7 @@ void forward_unit(const Job& job, const Plan& plan, const Division& d, int64_t u
   const int64_t first_row = unit % plan.strips * plan.rows;
   const int64_t rows = min(plan.rows, s.ho - first_row);
   Window window = seen_by(s, first_row, rows);
-  const int64_t pitch = window.pitch(), taps = s.kh * s.kw;
+  const int64_t pitch = window.pitch(), taps = s.kh * s.kw, channels = packed_channels(job, d);
   int64_t offsets[kMaxTaps];
 
   auto image_at = [&](int64_t i) {
@@ -339,8 +382,8 @@ void forward_unit(const Job& job, const Plan& plan, const Division& d, int64_t u
     t.taps = offsets;
     t.num_taps = taps;
     t.block_stride = plan.images * image_stride;
-    t.channels = min(blocks * d.block, d.channels - first_block * d.block);
-    t.filters = job.shared + taps * (d.channels * (group * packed_filters(d) + start) +
+    t.channels = min(blocks * d.block, channels - first_block * d.block);
+    t.filters = job.shared + taps * (channels * (group * packed_filters(d) + start) +
                                      first_block * d.block * lanes);
     t.y_stride = s.co;
     t.lanes = min(lanes, d.filters - start);
@@ -376,8 +419,8 @@ void forward_unit(const Job& job, const Plan& plan, const Division& d, int64_t u
   for (int64_t group = 0; group < d.groups; ++group) {
     const int64_t image_stride = window.pixels() * kBlock;
     for (int64_t i = 0; i < images; ++i) {
-      copy_blocks(image_at(i), group * d.channels, d.channels, plan.images * image_stride,
-                  scratch + i * image_stride);
+      copy_blocks<kPairs && !kIsProduct>(image_at(i), group * d.channels, d.channels,
+                                         plan.images * image_stride, scratch + i * image_stride);
     }
     for (int64_t block = 0; block < d.blocks; block += plan.slice) {
       for (int64_t start = 0; start < d.filters; start += kPanel) {
@@ -590,8 +633,8 @@ void input_unit(const Job& job, const Plan& plan, const Division& d, int64_t uni
   }
   for (int64_t group = 0; group < d.groups; ++group) {
     for (int64_t i = 0; i < images; ++i) {
-      copy_blocks(image_at(i), group * d.channels, d.channels, plan.images * image_stride,
-                  scratch + i * image_stride);
+      copy_blocks<false>(image_at(i), group * d.channels, d.channels,
+                         plan.images * image_stride, scratch + i * image_stride);
     }
     // A panel for all pixels keeps its filters in the cache. Those of a single tap are few: there a
     // tile for all panels reads the image in order.
@@ -775,8 +818,8 @@ void weight_unit(const Job& job, const Plan& plan, const Division& d, int64_t un
                         scratch + (c * images + i) * copied);
           }
         } else {
-          copy_blocks(window, group * d.channels + first_channel, channels, images * copied,
-                      scratch + i * copied);
+          copy_blocks<false>(window, group * d.channels + first_channel, channels,
+                             images * copied, scratch + i * copied);
         }
       }
       const float* dy = job.dy + ((image * s.ho + first_row) * s.wo) * s.co + first_filter;

@@ -39,6 +39,12 @@ INLINE Vector sub(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
 INLINE Vector mul_add(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE Vector mul_sub(Vector a, Vector b, Vector c) { return _mm512_fmsub_ps(a, b, c); }
 INLINE Vector abs(Vector a) { return _mm512_abs_ps(a); }
+INLINE Vector greater_magnitude(Vector a, Vector b) { return _mm512_range_ps(a, b, 0x0b); }
+// Of lanes (a, b): (a + b, a - b).
+INLINE Vector sums_and_differences(Vector a) {
+  const Vector swapped = _mm512_maskz_permute_ps(0xffff, a, 0xb1);
+  return _mm512_fmsubadd_ps(swapped, broadcast(1.0f), a);
+}
 // Minimum of |a| and |1| with the sign of a: the clip to [-1, 1] in one instruction.
 INLINE Vector clip(Vector a, Vector one) { return _mm512_range_ps(a, one, 0x02); }
 INLINE Vector sign(Vector a, Vector one) {
