@@ -111,7 +111,8 @@ class Checkpoints:
         """
         step = int(state.step)
         if step in self._manager.all_steps():
-            self._note(step, accuracy)
+            if accuracy is not None:  # a signal had cut off the evaluation
+                self._amend(step, accuracy)
             return
         parts = {name: _flatten(getattr(state, name)) for name in PARTS if getattr(state, name)}
         parts = {name: part for name, part in parts.items() if part}
@@ -123,8 +124,7 @@ class Checkpoints:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
         sums = {name: {k: _checksum(v) for k, v in part.items()} for name, part in parts.items()}
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
-        record = {"accuracy": accuracy, "crc32": sums}
-        items[RECORD] = ocp.args.JsonSave({**record, "own_crc32": _checksum_of_json(record)})
+        items[RECORD] = ocp.args.JsonSave(_signed({"accuracy": accuracy, "crc32": sums}))
         self._note(step, accuracy)
         with _disk_errors():
             self._manager.save(step, args=ocp.args.Composite(**items))
@@ -190,6 +190,15 @@ class Checkpoints:
         if accuracy is not None:
             self._accuracies[step] = accuracy
 
+    def _amend(self, step: int, accuracy: float) -> None:
+        self.wait()
+        record = {**self._record(step), "accuracy": accuracy}
+        file = Path(self._manager.directory) / str(step) / RECORD / "metadata"  # Orbax's name
+        whole = file.with_name("amended")
+        whole.write_text(json.dumps(_signed(record)))
+        whole.replace(file)
+        self._note(step, accuracy)
+
     def _restore(self, step: int, item: str, arguments):
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item]
@@ -235,6 +244,10 @@ def _checksum(array: np.ndarray) -> int:
 
 def _checksum_of_json(tree: dict) -> int:
     return zlib.crc32(json.dumps(tree, sort_keys=True).encode())
+
+
+def _signed(record: dict) -> dict:
+    return {**record, "own_crc32": _checksum_of_json(record)}
 
 
 def fill(template: DistillState, step: int, parts: dict[str, Flat]) -> DistillState:

@@ -69,7 +69,7 @@ def test_a_signal_is_obeyed_at_the_next_step(tmp_path):
 
 
 def test_a_signal_is_obeyed_while_evaluating_which_is_made_up_for(finished, tmp_path, monkeypatch):
-    more = ["--config.eval.every_epochs=0.05"]  # 4.5 steps
+    more = ["--config.eval.every_epochs=0.05", "--config.keep_evaluated=True"]  # 4.5 steps
     config, workdir, _ = main.parse(command(tmp_path / "run", *more))
     whole = update.evaluate
 
@@ -84,7 +84,12 @@ def test_a_signal_is_obeyed_while_evaluating_which_is_made_up_for(finished, tmp_
     monkeypatch.undo()
     train.train_and_evaluate(config, workdir)
     rows = metrics.read(workdir)
-    assert [r["step"] for r in rows if "test/student/accuracy" in r] == [4, 8, 12]
+    found = {r["step"]: r["test/student/accuracy"] for r in rows if "test/student/accuracy" in r}
+    assert list(found) == [4, 8, 12]
+    # The checkpoint of the signal has its accuracy, for processes to come too.
+    checkpoints = checkpoint.Checkpoints(workdir, read_only=True)
+    assert checkpoints._accuracies == found
+    checkpoints.close()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):

@@ -50,11 +50,8 @@ def test_true_gradients_are_those_of_the_distance(stride, padding, size):
         np.testing.assert_allclose(found_dw, wanted_dw, rtol=1e-5, atol=1e-5)
 
 
-def test_above_the_last_layer_no_inputs_gradient_matters(tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    arguments = ["--config=configs/quickstart.py", f"--workdir={run_dir}", "--config.steps=3"]
-    assert main.main(["main", *arguments, "--config.eval.recalibrate_batches=1"]) == 0
-    found = gradients.cosines(run_dir, batches=2)
+def test_above_the_last_layer_no_inputs_gradient_matters(kernel_run, capsys):
+    found = gradients.cosines(kernel_run, batches=2)
     assert len(found) == 8
     assert all(-1 <= value <= 1 for each in found.values() for value in each.values())
     last, first = found["stage3_block1.conv2"], found["stage1_block1.conv1"]
@@ -62,7 +59,7 @@ def test_above_the_last_layer_no_inputs_gradient_matters(tmp_path, capsys):
         assert last[f"{loss}, filters"] == pytest.approx(last[f"{loss}, everywhere"], abs=1e-4)
         assert first[f"{loss}, filters"] != pytest.approx(first[f"{loss}, everywhere"], abs=1e-4)
     capsys.readouterr()
-    assert gradients.main([str(run_dir), "--batches=2"]) == 0
+    assert gradients.main([str(kernel_run), "--batches=2"]) == 0
     assert f"| {last['ce, filters']:.3f} |" in capsys.readouterr().out
 
 
