@@ -47,7 +47,7 @@ def jax_step(case: str, depth: int, batch_size: int):
     import numpy as np
     import optax
 
-    from pkkd_jax import config, distill, models, optim, update
+    from pkkd_jax import config, devices, distill, models, optim, update
 
     def network(conv):
         return models.build("resnet_cifar", depth=depth, num_classes=10, conv=conv)
@@ -75,9 +75,9 @@ def jax_step(case: str, depth: int, batch_size: int):
     teacher = None
     if case.endswith(FIXED):
         teacher = update.init_network(recipe.teacher, jax.random.key(0), images.shape[1:])
-    state = update.replicate(update.init_state(recipe, images[:256], teacher))
+    state = devices.replicate(update.init_state(recipe, images[:256], teacher))
     batch = {"image": images[None, None], "label": labels[None, None]}
-    mapped = update.pmap(update.joint_update(recipe), update.hyperparameters(recipe), donate=True)
+    mapped = devices.pmap(update.joint_update(recipe), update.hyperparameters(recipe), donate=True)
 
     def step():
         nonlocal state

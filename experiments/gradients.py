@@ -22,7 +22,7 @@ from flax import linen
 from jax import lax
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, experiment, runs, update
+from pkkd_jax import checkpoint, devices, diagnosis, experiment, runs, update
 from pkkd_jax.names import UserError
 from pkkd_jax.ops.adder import adder_conv
 
@@ -104,7 +104,7 @@ def cosines(
     if data_dir:
         config["data"]["data_dir"] = data_dir
     built = experiment.build(ConfigDict(config))
-    state = update.replicate(checkpoint.load_state(run_dir, built.initial_state(), step))
+    state = devices.replicate(checkpoint.load_state(run_dir, built.initial_state(), step))
     layers = {"surrogate": "adder"} | {
         name: f"{__package__}.gradients.{layer.__name__}"
         for name, layer in (("filters", TrueFilters), ("everywhere", TrueLayer))
@@ -112,7 +112,7 @@ def cosines(
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name, conv in layers.items():
         recipe = dataclasses.replace(built.recipe, student=built.recipe.student.clone(conv=conv))
-        mapped = update.pmap(update.student_gradients(recipe), update.hyperparameters(recipe))
+        mapped = devices.pmap(diagnosis.student_gradients(recipe), update.hyperparameters(recipe))
         every = []
         first = int(state.step)
         for batch in built.splits.train_batches(first, first + batches):

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from pkkd_jax import checkpoint, data, experiment, models, names, runs, train, update
+from pkkd_jax import checkpoint, data, devices, evaluation, experiment, models, names, runs
 
 
 def evaluate(
@@ -76,14 +76,14 @@ def evaluate(
             model = models.build(**keywords) if trust else None
             networks[which], found = checkpoint.load_network(run_dir, which, step, model)
             _check_images(networks[which], found, splits.train.image_shape, arguments["name"])
-            variables[which] = update.replicate(found)
+            variables[which] = devices.replicate(found)
     if config["num_classes"] != splits.train.num_classes:
         raise names.UserError(
             f"data set {arguments['name']!r} has {splits.train.num_classes} classes, the networks"
             f" {config['num_classes']}"
         )
     recalibrate_batches = config["eval"]["recalibrate_batches"]
-    return train.evaluate_networks(networks, variables, splits, recalibrate_batches, {})
+    return evaluation.evaluate_networks(networks, variables, splits, recalibrate_batches, {})
 
 
 def _check_images(model, variables, shape: tuple[int, ...], name: str) -> None:

@@ -3,22 +3,30 @@
 import collections
 import contextlib
 import copy
-import faulthandler
 import json
 import signal
-import sys
-import threading
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, cost, distributed, experiment, metrics, provenance, runs
+from pkkd_jax import (
+    checkpoint,
+    cost,
+    devices,
+    diagnosis,
+    distributed,
+    evaluation,
+    experiment,
+    metrics,
+    provenance,
+    runs,
+    stopping,
+)
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError
@@ -97,120 +105,6 @@ def _essence(config: dict) -> dict:
     return config
 
 
-@contextlib.contextmanager
-def _signals(at_signal: Callable[[str], None]):
-    """Yields a list that receives the first SIGINT or SIGTERM; a second one acts at once."""
-    received: list[int] = []
-    previous = {}
-
-    def handle(signum, frame):
-        del frame
-        received.append(signum)
-        signal.signal(signum, previous[signum])
-        at_signal(signal.Signals(signum).name)
-
-    if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            previous[signum] = signal.signal(signum, handle)
-    try:
-        yield received
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-
-
-def evaluate_networks(
-    networks: dict[str, Any],
-    variables: dict[str, dict],
-    splits: experiment.Splits,
-    recalibrate_batches: int,
-    mapped: dict,
-    between: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """Figures of networks on unseen images, with recalibrated and running BatchNorm statistics.
-
-    Args:
-      networks: name to model.
-      variables: name to variables, on the devices; they stay as they are.
-      splits: the data.
-      recalibrate_batches: training batches for the statistics; 0 keeps the running ones.
-      mapped: compiled functions by name, kept from call to call; `{}` at first.
-      between: called before each batch; may raise to stop the evaluation.
-    Returns:
-      `<splits.judge>/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
-    """
-    mean, std = splits.train.mean, splits.train.std
-    for name, model in networks.items():
-        if name not in mapped:
-            mapped[name] = (
-                update_lib.pmap(update_lib.evaluation(model, mean, std)),
-                update_lib.pmap(update_lib.batch_statistics(model, splits.augmentation)),
-            )
-
-    def watched(batches):
-        for batch in batches:
-            between()
-            yield batch
-
-    calibrated = (
-        update_lib.recalibrate(
-            {name: (mapped[name][1], variables[name]) for name in networks},
-            watched(splits.train_batches(0, recalibrate_batches)),
-        )
-        if recalibrate_batches
-        else {}
-    )
-    evaluations = {
-        **{f"{name}/uncalibrated": (mapped[name][0], variables[name]) for name in networks},
-        **{name: (mapped[name][0], calibrated[name]) for name in calibrated},
-    }
-    found = update_lib.evaluate(evaluations, watched(splits.test_batches()))
-    figures = {}
-    for name in networks:
-        raw = found[f"{name}/uncalibrated"]
-        path = f"{splits.judge}/{name}"
-        figures |= {f"{path}/{key}": value for key, value in found.get(name, raw).items()}
-        figures |= {f"{path}/{key}_uncalibrated": value for key, value in raw.items()}
-    return figures
-
-
-class _Watchdog:
-    """Ends the program, with the stack of every thread, where nothing happens for `seconds`."""
-
-    def __init__(self, seconds: float):
-        self.seconds, self.armed_at = seconds, -float("inf")
-        self.alive()
-
-    def alive(self) -> None:
-        now = time.monotonic()
-        if self.seconds and now - self.armed_at > min(1.0, self.seconds / 10):
-            faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__)
-            self.armed_at = now
-
-    def close(self) -> None:
-        if self.seconds:
-            faulthandler.cancel_dump_traceback_later()
-
-
-class _Agreement:
-    """What any of the processes wishes, which all of them learn after the same step.
-
-    Args:
-      ahead: steps in flight; the wishes of so many are not waited for.
-    """
-
-    def __init__(self, ahead: int):
-        self.ahead, self.asked = ahead, collections.deque()
-        self.ask = update_lib.pmap(update_lib.largest) if distributed.several() else None
-
-    def largest(self, wish: int) -> int:
-        """The largest `wish` of all processes; 0 until `ahead` others have been asked."""
-        if self.ask is None:
-            return wish
-        self.asked.append(self.ask(None, np.full(jax.local_device_count(), wish, np.int32)))
-        return int(self.asked.popleft()) if len(self.asked) > self.ahead else 0
-
-
 def train_and_evaluate(
     config: ConfigDict,
     workdir: str | Path,
@@ -249,7 +143,7 @@ def train_and_evaluate(
     distributed.require_same(str(sizes), "number of examples")
     checkpoints = found = results = None
     with contextlib.ExitStack() as at_exit:
-        watchdog = at_exit.enter_context(contextlib.closing(_Watchdog(config.watchdog_s)))
+        watchdog = at_exit.enter_context(contextlib.closing(stopping.Watchdog(config.watchdog_s)))
         if writes:
             check_run(workdir, built.config)
             checkpoints = checkpoint.Checkpoints(
@@ -302,9 +196,9 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
     ahead = 0 if jax.default_backend() == "cpu" else 2
     unchecked: collections.deque = collections.deque()  # steps that may be under way, and figures
     skipped = 0
-    state, given = update_lib.replicate(state), update_lib.hyperparameters(built.recipe)
-    update = update_lib.pmap(update_lib.joint_update(built.recipe), given, donate=True)
-    agreement = _Agreement(ahead)
+    state, given = devices.replicate(state), update_lib.hyperparameters(built.recipe)
+    update = devices.pmap(update_lib.joint_update(built.recipe), given, donate=True)
+    agreement = stopping.Agreement(ahead)
 
     def write(row):
         if writer:
@@ -321,9 +215,7 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
 
     def not_finite(at):
         batch = next(built.splits.train_batches(at - 1, at, config["accumulate_steps"]))
-        what = update_lib.first_not_finite(
-            built.recipe, state.replace(step=np.int32(at - 1)), batch
-        )
+        what = diagnosis.first_not_finite(built.recipe, state.replace(step=np.int32(at - 1)), batch)
         limit, text = config["skip_not_finite"], f"step {at}: {what} not finite"
         if at != step:
             text += f" (looked for with the parameters of step {step})"
@@ -364,7 +256,7 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
         nonlocal since, figures
         networks = {"student": built.recipe.student, "teacher": built.recipe.teacher}
         networks = {name: model for name, model in networks.items() if model is not None}
-        found = evaluate_networks(
+        found = evaluation.evaluate_networks(
             networks,
             {name: getattr(state, name).variables for name in networks},
             built.splits,
@@ -374,7 +266,7 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
         )
         if config["eval"]["gradient_shares"]:
             if "shares" not in mapped:
-                mapped["shares"] = update_lib.pmap(update_lib.gradient_shares(built.recipe), given)
+                mapped["shares"] = devices.pmap(diagnosis.gradient_shares(built.recipe), given)
             batch = next(built.splits.train_batches(step, step + 1, config["accumulate_steps"]))
             shares = jax.device_get(mapped["shares"](state, batch))
             found |= {f"train/student/share_{key}": float(v) for key, v in shares.items()}
@@ -413,7 +305,7 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
         return found
 
     results: dict = {}
-    with _signals(at_signal) as received:
+    with stopping.signals(at_signal) as received:
         missing = step in built.eval_steps and judged not in last
         if distributed.from_first(np.int32(missing)):
             results = evaluate_and_save()  # a signal had cut it off

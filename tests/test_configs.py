@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from pkkd_jax import data, experiment, update
+from pkkd_jax import data, devices, experiment, update
 from pkkd_jax.data.arrays import ArraySource
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -52,7 +52,7 @@ def test_config_builds_and_its_update_keeps_shapes(name, argument, monkeypatch):
     }
     mapped = jax.vmap(
         update.joint_update(built.recipe),
-        axis_name=update.AXIS,
+        axis_name=devices.AXIS,
         in_axes=(None, 0, None),
         out_axes=None,
     )

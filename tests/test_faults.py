@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from trainings import MINE, QUICKSTART, ROOT, assert_same_run, command, final, start
 
-from pkkd_jax import checkpoint, evaluate, main, metrics, train, update
+from pkkd_jax import checkpoint, evaluate, evaluation, main, metrics, train, update
 from pkkd_jax.names import UserError
 
 
@@ -71,13 +71,13 @@ def test_a_signal_is_obeyed_at_the_next_step(tmp_path):
 def test_a_signal_is_obeyed_while_evaluating_which_is_made_up_for(finished, tmp_path, monkeypatch):
     more = ["--config.eval.every_epochs=0.05", "--config.keep_evaluated=True"]  # 4.5 steps
     config, workdir, _ = main.parse(command(tmp_path / "run", *more))
-    whole = update.evaluate
+    whole = evaluation.evaluate
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return whole(*arguments)
 
-    monkeypatch.setattr(update, "evaluate", interrupted)
+    monkeypatch.setattr(evaluation, "evaluate", interrupted)
     with pytest.raises(train.Interrupted) as stopped:
         train.train_and_evaluate(config, workdir)
     assert stopped.value.step == 4
@@ -164,7 +164,7 @@ def own(tmp_path, monkeypatch):
 @pytest.fixture
 def poisoned(own, monkeypatch):
     """Makes the student's cross-entropy NaN in the updates 5 and 7."""
-    terms_of = update._terms
+    terms_of = update.loss_terms
 
     def changed(recipe):
         terms = terms_of(recipe)
@@ -176,7 +176,7 @@ def poisoned(own, monkeypatch):
 
         return terms_with_nan
 
-    monkeypatch.setattr(update, "_terms", changed)
+    monkeypatch.setattr(update, "loss_terms", changed)
 
 
 def test_updates_that_are_not_finite_are_left_out_up_to_a_limit(poisoned, tmp_path, capsys):

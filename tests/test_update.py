@@ -1,4 +1,4 @@
-"""The joint update, evaluation and recalibration."""
+"""The joint update."""
 
 import functools
 
@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from pkkd_jax import data, models, optim, update
+from pkkd_jax import devices, models, optim, update
 from pkkd_jax.distill.kd import kd
 from pkkd_jax.distill.pkkd import pkkd
 
@@ -51,16 +51,11 @@ def initial():
 
 
 def run(the_recipe, state, devices=1, steps=2, micro_batches=1):
-    step = update.pmap(update.joint_update(the_recipe), update.hyperparameters(the_recipe))
+    step = devices.pmap(update.joint_update(the_recipe), update.hyperparameters(the_recipe))
     for _ in range(steps):
         state, metrics = step(state, batch(devices, micro_batches))
         state, metrics = jax.device_get((state, metrics))
     return state, metrics
-
-
-def gradient_shares(the_recipe, state):
-    mapped = update.pmap(update.gradient_shares(the_recipe), update.hyperparameters(the_recipe))
-    return jax.device_get(mapped(state, batch(1)))
 
 
 def assert_close(a, b, tolerance):
@@ -111,8 +106,8 @@ def test_the_update_compiles_once():
         lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
     )
     given = update.hyperparameters(recipe())
-    step = update.pmap(update.joint_update(recipe()), given, donate=True)
-    state, counts = update.replicate(initial()), []
+    step = devices.pmap(update.joint_update(recipe()), given, donate=True)
+    state, counts = devices.replicate(initial()), []
     for _ in range(3):
         before = len(compiled)
         state, metrics = step(state, batch(4))
@@ -127,7 +122,7 @@ def test_seed_and_weights_share_one_program():
     def program(the_recipe):
         mapped = jax.vmap(
             update.joint_update(the_recipe),
-            axis_name=update.AXIS,
+            axis_name=devices.AXIS,
             in_axes=(None, 0, None),
             out_axes=None,
         )
@@ -216,20 +211,6 @@ def test_what_a_loss_learns_is_the_same_for_every_weight(weight):
     assert_close(after.distiller, wanted, 1e-5)
 
 
-def test_the_losses_shares_in_each_layers_gradient_sum_to_one():
-    start = initial()
-    shares = gradient_shares(recipe(), start)
-    layers = {name.partition("/")[2] for name in shares}
-    assert len(layers) == 8  # the adder layers of ResNet-8
-    for layer in layers:
-        each = [shares[f"{loss}/{layer}"] for loss in ("ce", "pkkd", "kd", "own")]
-        assert each[-1] == 0
-        np.testing.assert_allclose(sum(each), 1, rtol=1e-4)
-    heavier = recipe(alpha=50.0)
-    found = gradient_shares(heavier, start)
-    assert all(found[name] > shares[name] for name in shares if name.startswith("ce/"))
-
-
 def test_a_network_trains_alone():
     alone = recipe(teacher=None, losses={})
     state = jax.device_get(update.init_state(alone, examples()[0]))
@@ -275,56 +256,3 @@ def test_adder_scaling_sees_the_mean_over_devices_and_micro_batches(devices, mic
     step = after.student.params["stage2_block1"]["conv1"]["filters"] - before
     # A mean of unit-norm gradients would be shorter.
     np.testing.assert_allclose(np.linalg.norm(step), 0.2 * np.sqrt(step.size), rtol=1e-4)
-
-
-def test_evaluation_leaves_padding_out():
-    model, variables = recipe().teacher, initial().teacher.variables
-    images, labels = examples(7)
-    mapped = update.pmap(update.evaluation(model, AUGMENTATION["mean"], AUGMENTATION["std"]))
-    filled = np.concatenate([images, images[:1]]), np.append(labels, labels[0])
-    mask = np.array([1, 1, 1, 1, 1, 1, 1, 0], np.float32)
-    padded = {"image": filled[0], "label": filled[1], "mask": mask}
-    padded = {key: value.reshape(4, 2, *value.shape[1:]) for key, value in padded.items()}
-    found = update.evaluate({"teacher": (mapped, variables)}, [padded])["teacher"]
-    logits = np.float64(
-        model.apply(variables, (images - np.float32(120)) / np.float32(60), train=False).logits
-    )
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    np.testing.assert_allclose(found["loss"], -log_p[np.arange(7), labels].mean(), rtol=1e-4)
-    assert found["accuracy"] == (logits.argmax(-1) == labels).mean()
-    best = np.argsort(-logits)[:, :5]
-    assert found["top5"] == np.mean([label in row for label, row in zip(labels, best, strict=True)])
-
-
-def test_recalibration_pools_batches_and_keeps_parameters():
-    model, variables = recipe().student, initial().student.variables
-    images, _ = examples()
-    mapped = update.pmap(update.batch_statistics(model, AUGMENTATION | {"augmentation": "none"}))
-    halves = [{"image": part.reshape(2, 1, 4, 8, 8, 3)} for part in (images[:8], images[8:])]
-    found = update.recalibrate({"student": (mapped, variables)}, halves)["student"]
-    assert_equal(found["params"], variables["params"])
-    whole = (images - np.float32(120)) / np.float32(60)
-    outputs, _ = model.apply(variables, whole, train=True, mutable=["batch_stats"])
-    stem = np.float64(outputs.features["stem"])
-    np.testing.assert_allclose(
-        found["batch_stats"]["stem_bn"]["mean"], stem.mean((0, 1, 2)), rtol=1e-3, atol=1e-5
-    )
-    np.testing.assert_allclose(
-        found["batch_stats"]["stem_bn"]["var"], stem.var((0, 1, 2)), rtol=1e-3, atol=1e-5
-    )
-
-
-def test_recalibration_augments_as_the_training_does():
-    model, variables = recipe().student, initial().student.variables
-    images, _ = examples()
-    found = {}
-    for augmentation in ("none", "crop_flip"):
-        arguments = AUGMENTATION | {"augmentation": augmentation}
-        mapped = update.pmap(update.batch_statistics(model, arguments))
-        stats = mapped(variables, {"image": images.reshape(4, 1, 4, 8, 8, 3)})
-        found[augmentation] = np.asarray(stats["stem_bn"]["mean"])
-    augmented = data.augment(jax.random.key(0), images, np.arange(16), **AUGMENTATION)
-    outputs, _ = model.apply(variables, augmented, train=True, mutable=["batch_stats"])
-    wanted = np.float64(outputs.features["stem"]).mean((0, 1, 2))
-    np.testing.assert_allclose(found["crop_flip"], wanted, rtol=1e-3, atol=1e-5)
-    assert np.abs(found["crop_flip"] - found["none"]).max() > 1e-3
