@@ -1,5 +1,6 @@
 """Where results come from: versions, commit and device."""
 
+import os
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -32,6 +33,10 @@ def origin() -> dict:
     """What `results.json` says of where the last start of a training was made."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     device = f"{jax.device_count()} {jax.devices()[0].device_kind}"
+    if jax.default_backend() == "cpu":
+        # Of those that the machine has, a process may be held to some.
+        own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        device += f", {own} core{'s' * (own != 1)}"
     return {
         "versions": {**versions, "pkkd_jax": version()},
         "device": f"{device}, adder op: {adder.implementation()}",

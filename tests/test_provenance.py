@@ -1,8 +1,11 @@
 """Where results come from."""
 
+import os
 import re
 import subprocess
 from importlib import metadata
+
+import pytest
 
 from pkkd_jax import provenance
 
@@ -21,3 +24,17 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
     inside.parent.mkdir(parents=True)
     monkeypatch.setattr(provenance, "__file__", str(inside))
     assert provenance.version() == version
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity"), reason="processes cannot be held to cores"
+)
+def test_the_device_says_how_many_cores_were_used():
+    all_cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(all_cores)})
+        assert provenance.origin()["device"].startswith("4 cpu, 1 core, adder op")
+    finally:
+        os.sched_setaffinity(0, all_cores)
+    cores = f"{len(all_cores)} core"
+    assert provenance.origin()["device"].startswith(f"4 cpu, {cores}")
