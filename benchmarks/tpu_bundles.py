@@ -4,8 +4,8 @@ python benchmarks/tpu_bundles.py [--chips v5e,v6e] [--json FILE]     (pip instal
 
 Compiles forward and input gradient of layers of ResNets ahead of time and counts the bundles that
 one tile executes, beside the least that its arithmetic takes: four vector instructions go into a
-bundle, and a register's worth of terms is three of them forward (subtract, take the absolute value,
-add) and four in the input gradient (subtract, clamp, multiply, add).
+bundle, and a register's worth of terms is two of them forward (take the maximum, add) and four in
+the input gradient (subtract, clamp, multiply, add).
 """
 
 import argparse
@@ -31,7 +31,7 @@ LAYERS = [
     (128, 7, 512, 512, 3, 1),
     (128, 14, 1024, 256, 1, 1),
 ]
-OPERATIONS = {"forward": 3, "input gradient": 4}
+OPERATIONS = {"forward": 2, "input gradient": 4}
 ISSUED = 4  # vector instructions of a bundle
 
 
