@@ -4,7 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from test_adder import data, reference
 from test_gpu import NETWORKS, assert_equals_float64_loops, lowered_training, with_surrogates
 
 from pkkd_jax.ops import geometry as geometry_lib
@@ -20,6 +22,17 @@ LARGER = [
 @pytest.mark.parametrize(("case", "surrogate"), with_surrogates(LARGER), ids=str)
 def test_kernel_equals_float64_loops(case, surrogate):
     assert_equals_float64_loops(tpu, case, surrogate, True)
+
+
+def test_an_offset_of_a_channel_that_images_and_filters_share_does_not_cancel():
+    shape, w_shape = (2, 5, 6, 40), (3, 3, 40, 9)
+    x, w = data(shape, w_shape)
+    offsets = 1000 * jnp.arange(40.0)  # what is left of the normal numbers is exact in float64
+    x, w = x + offsets, w + offsets[:, None]
+    geometry = geometry_lib.resolve(shape, w_shape, 1, "VALID", 1, 1, "hardtanh")
+    expected, *_ = reference(x, w, None, (1, 1), ((0, 0), (0, 0)), (1, 1), 1)
+    found = tpu.forward(x, w, geometry, True)
+    np.testing.assert_allclose(found, expected, atol=2e-6 * np.abs(expected).max(), rtol=0)
 
 
 @pytest.mark.parametrize(("name", "depth", "size"), NETWORKS)

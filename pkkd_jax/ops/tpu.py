@@ -6,12 +6,12 @@ filter's column along lanes. Pixels are laid out as `[rows, phases of a stride, 
 batch]`, the batch padded to whole registers: what a tap sees of a tile is a slice that begins at a
 multiple of it. All is float32.
 
-Forward the kernel sums max(x, w), two instructions a term instead of three:
+Forward the kernel sums the greater of pixel and filter, two instructions a term instead of three:
 
     -sum |x - w| = sum x + sum w - 2 sum max(x, w)
 
-whose rounding is of the size of sum |x| + |w|, not of sum |x - w|: the same behind a BatchNorm, and
-larger where images and filters share an offset.
+What filters have in common, channel by channel, is taken from both sides first, or an offset that
+images and filters share would cancel.
 """
 
 import functools
@@ -38,17 +38,7 @@ def forward(x: jax.Array, w: jax.Array, geometry: Geometry, interpret: bool = Fa
     if gather.empty(x, w) or 0 in shape or not _serves(w, shape, geometry, False, interpret):
         return portable.forward(x, w, geometry)
     x, w = (a.astype(jnp.float32) for a in (x, w))
-    greater = gather.forward(x, w, geometry, functools.partial(_gather, interpret=interpret))
-    seen = lax.reduce_window(
-        x.sum(-1, keepdims=True),
-        0.0,
-        lax.add,
-        (1, *w.shape[:2], 1),
-        (1, *geometry.strides, 1),
-        ((0, 0), *geometry.padding, (0, 0)),
-        window_dilation=(1, *geometry.dilation, 1),
-    )
-    return seen + w.sum((0, 1, 2)) - 2 * greater
+    return gather.forward(x, w, geometry, functools.partial(_gather, interpret=interpret))
 
 
 def input_gradient(
@@ -133,7 +123,7 @@ def _gather(
     surrogate: str,
     interpret: bool,
 ) -> jax.Array:
-    """A `gather.Gather`, whose term forward is max(v, w); `interpret` is `pl.pallas_call`'s."""
+    """A `gather.Gather`; `interpret` is that of `pl.pallas_call`."""
     from jax.experimental import pallas as pl
 
     (kh, kw, k, c), (ho, wo) = w.shape, size
@@ -145,6 +135,14 @@ def _gather(
     places, channels = tiles[1] * width, tiles[2] * rows
     seen = width + (kw - 1) * dilation[1] // strides[1] * n
 
+    if x is None:
+        # Computed twice, with another rounding each, it would not cancel.
+        centre = lax.optimization_barrier(w.mean((0, 1, 3)))
+        v, w = v - centre, w - centre[:, None]
+        sums = lax.reduce_window(
+            v.sum(3), 0.0, lax.add, (1, kh, kw), (1, *strides), "VALID", None, (1, *dilation)
+        )
+        sums = sums[:, :ho, :wo, None] + w.sum((0, 1, 2))
     columns = math.ceil(v.shape[2] / strides[1])
     beyond = columns * strides[1] - v.shape[2]
     # Channels beyond the last are zero in both operands and bring nothing.
@@ -206,4 +204,5 @@ def _gather(
         interpret=interpret,
         name=NAME,
     )(*[v] * kh, w, *([] if x is None else [x]))
-    return y[:, :c, : wo * n].reshape(ho, c, wo, n).transpose(3, 0, 2, 1)[:images]
+    y = y[:, :c, : wo * n].reshape(ho, c, wo, n).transpose(3, 0, 2, 1)[:images]
+    return sums - 2 * y if x is None else y
