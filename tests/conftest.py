@@ -1,4 +1,4 @@
-"""Four CPU devices for every test, set before JAX starts, and programs compiled once for all."""
+"""Four CPU devices for every test, set before JAX starts; programs are compiled once a worker."""
 
 import os
 import shutil
