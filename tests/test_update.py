@@ -36,9 +36,9 @@ def examples(count=16, seed=0):
     return rng.integers(0, 256, (count, 8, 8, 3), np.uint8), rng.integers(0, 10, count, np.int32)
 
 
-def batch(devices, micro_batches=1):
+def batch(count, micro_batches=1):
     def split(a):
-        shaped = a.reshape(micro_batches, devices, -1, *a.shape[1:])
+        shaped = a.reshape(micro_batches, count, -1, *a.shape[1:])
         return np.ascontiguousarray(shaped.swapaxes(0, 1))
 
     images, labels = examples()
@@ -50,10 +50,10 @@ def initial():
     return jax.device_get(update.init_state(recipe(), examples()[0]))
 
 
-def run(the_recipe, state, devices=1, steps=2, micro_batches=1):
+def run(the_recipe, state, count=1, steps=2, micro_batches=1):
     step = devices.pmap(update.joint_update(the_recipe), update.hyperparameters(the_recipe))
     for _ in range(steps):
-        state, metrics = step(state, batch(devices, micro_batches))
+        state, metrics = step(state, batch(count, micro_batches))
         state, metrics = jax.device_get((state, metrics))
     return state, metrics
 
@@ -245,13 +245,13 @@ def test_bfloat16_trains_float32_parameters():
     assert abs(metrics["student/loss_ce"] - full["student/loss_ce"]) < 0.3
 
 
-@pytest.mark.parametrize(("devices", "micro_batches"), [(1, 1), (4, 1), (1, 2)])
-def test_adder_scaling_sees_the_mean_over_devices_and_micro_batches(devices, micro_batches):
+@pytest.mark.parametrize(("count", "micro_batches"), [(1, 1), (4, 1), (1, 2)])
+def test_adder_scaling_sees_the_mean_over_devices_and_micro_batches(count, micro_batches):
     plain = optax.chain(optim.scale_by_adder_norm(0.2), optax.sgd(1.0))
     fresh = initial().student.replace(opt_state=plain.init(initial().student.params))
     state = initial().replace(student=fresh, teacher=None)
     alone = recipe(optimiser=plain, teacher=None, losses={})
-    after, _ = run(alone, state, devices, 1, micro_batches)
+    after, _ = run(alone, state, count, 1, micro_batches)
     before = initial().student.params["stage2_block1"]["conv1"]["filters"]
     step = after.student.params["stage2_block1"]["conv1"]["filters"] - before
     # A mean of unit-norm gradients would be shorter.
