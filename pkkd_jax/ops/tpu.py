@@ -10,8 +10,8 @@ Forward the kernel sums the greater of pixel and filter, two instructions a term
 
     -sum |x - w| = sum x + sum w - 2 sum max(x, w)
 
-What filters have in common, channel by channel, is taken from both sides first, or an offset that
-images and filters share would cancel.
+One filter's value is taken from each channel of both first, or an offset that images and filters
+share would cancel.
 """
 
 import functools
@@ -136,8 +136,8 @@ def _gather(
     seen = width + (kw - 1) * dilation[1] // strides[1] * n
 
     if x is None:
-        # Computed twice, with another rounding each, it would not cancel.
-        centre = lax.optimization_barrier(w.mean((0, 1, 3)))
+        # Not a mean: compiled into two places, it may be rounded in two ways.
+        centre = w[0, 0, :, 0]
         v, w = v - centre, w - centre[:, None]
         sums = lax.reduce_window(
             v.sum(3), 0.0, lax.add, (1, kh, kw), (1, *strides), "VALID", None, (1, *dilation)
