@@ -112,11 +112,11 @@ def evaluate(
                 totals[name][key] = totals[name].get(key, 0.0) + float(value)
     return {
         name: {
-            "accuracy": sums["correct"] / sums["count"],
-            "top5": sums["top5"] / sums["count"],
-            "loss": sums["loss"] / sums["count"],
+            "accuracy": total["correct"] / total["count"],
+            "top5": total["top5"] / total["count"],
+            "loss": total["loss"] / total["count"],
         }
-        for name, sums in totals.items()
+        for name, total in totals.items()
     }
 
 
