@@ -139,6 +139,30 @@ def check(claim: dict, cells: dict[str, list[dict]]) -> list[tuple[str, str, str
     return lines
 
 
+def tabulate(block: dict, out: Path, leaves: list[str]) -> tuple[str, dict[str, list[dict]]]:
+    """A block's table with its command and its curves, as Markdown, and its finished cells by row.
+
+    The picture of the curves is written into `out`.
+    """
+    epochs, seeds = block["epochs"], block["seeds"]
+    content = table.load(block["table"])
+    content["columns"] = content["columns"][:1]
+    rows = block.get("rows", list(content["rows"]))
+    content["rows"] = {row: content["rows"][row] for row in rows}
+    words = ["python", "-m", "experiments.table", block["table"], f"--epochs={epochs}"]
+    words += [f"--seeds={seeds}", *leaves, f"--columns={content['columns'][0]}"]
+    words += [f"--rows={';'.join(rows)}"] if "rows" in block else []
+    found = table.collect(content, table.Cells(out, leaves, epochs, ""), seeds)
+    text = report.markdown(content, found, shlex.join([*words, f"--out={out}"]))
+    text = f"#{text}".replace("\n", f", {epochs} epochs\n", 1)
+    if any(found.values()):
+        # Not the name that the table itself gives its picture, which may have more rows.
+        picture = out / f"results-{block['table']}-{epochs}-epochs-curves.png"
+        report.plot_curves(content, found, picture)
+        text += f"\n![learning curves]({picture.relative_to(out.parent)})\n"
+    return text, {row: cells for (row, _), cells in found.items()}
+
+
 def write(out: Path) -> str:
     """Writes RESULTS.md beside `out`, the directory of all cells, and plots in it.
 
@@ -153,35 +177,17 @@ def write(out: Path) -> str:
     leaves = [f"--config.batch_size={known['batch_size']}"]
     tables, verdicts, hours = [], [], {}
     for block in known["blocks"]:
-        epochs, seeds = block["epochs"], block["seeds"]
-        content = table.load(block["table"])
-        content["columns"] = content["columns"][:1]
-        rows = block.get("rows", list(content["rows"]))
-        content["rows"] = {row: content["rows"][row] for row in rows}
-        words = ["python", "-m", "experiments.table", block["table"], f"--epochs={epochs}"]
-        words += [f"--seeds={seeds}", *leaves, f"--columns={content['columns'][0]}"]
-        words += [f"--rows={';'.join(rows)}"] if "rows" in block else []
-        cells = table.Cells(out, leaves, epochs, "")
-        found = table.collect(content, cells, seeds)
-        text = report.markdown(content, found, shlex.join([*words, f"--out={out}"]))
-        tables.append(f"#{text}".replace("\n", f", {epochs} epochs\n", 1))
-        if any(found.values()):
-            # Not the name that the table itself gives its picture, which may have more rows.
-            picture = out / f"results-{block['table']}-{epochs}-epochs-curves.png"
-            report.plot_curves(content, found, picture)
-            tables.append(f"![learning curves]({picture.relative_to(out.parent)})\n")
-        by_row = {row: cells for (row, _), cells in found.items()}
-        hours |= {
-            cell["run_dir"]: cell["wall_s"] / 3600 for cells in by_row.values() for cell in cells
-        }
+        text, cells = tabulate(block, out, leaves)
+        tables.append(text)
+        hours |= {each["run_dir"]: each["wall_s"] / 3600 for row in cells.values() for each in row}
         for claim in known["claims"]:
             if claim["table"] != block["table"]:
                 continue
             if claim.get("quantity") in ("filters", "similarity"):
                 for row in (claim["better"], *claim.get("worse", [])):
-                    for cell in by_row[row]:
+                    for cell in cells[row]:
                         cell["features"] = features(cell["run_dir"])
-            verdicts += [(claim["text"], epochs, *line) for line in check(claim, by_row)]
+            verdicts += [(claim["text"], block["epochs"], *line) for line in check(claim, cells)]
     lines = ["| claim | epochs | | figures | here |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(map(str, line))} |" for line in verdicts]
     total = f"{len(hours)} runs, {sum(hours.values()):.1f} hours."
