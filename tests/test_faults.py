@@ -233,11 +233,11 @@ class Stuck:
 
 
 def test_a_run_that_is_stuck_ends_with_the_stack_of_every_thread(own, tmp_path):
-    process = start(tmp_path / "run", f"{SMALL},data=mine.Stuck", "--config.watchdog_s=10")
+    process = start(tmp_path / "run", f"{SMALL},data=mine.Stuck", "--config.watchdog_s=30")
     out, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "step 3/12" in out
-    assert "Timeout (0:00:10)!" in err
+    assert "Timeout (0:00:30)!" in err
     assert "in __getitem__" in err  # where it is stuck
     assert "in train_and_evaluate" in err
     assert list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
