@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 COLOURS = {"ours": "#0072B2", "published": "#D55E00"}  # Okabe and Ito: safe for colour-blind eyes
 LINES = [
     {"color": colour, "linestyle": style}
-    for style in ("-", "--", ":")
+    for style in ("-", "--", ":", "-.")
     for colour in ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 ]
 
