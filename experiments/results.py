@@ -7,6 +7,7 @@ has checkpoints and its features were not looked at yet, they are, and features.
 """
 
 import argparse
+import itertools
 import shlex
 import statistics
 import sys
@@ -180,13 +181,16 @@ def write(out: Path) -> str:
         text, cells = tabulate(block, out, leaves)
         tables.append(text)
         hours |= {each["run_dir"]: each["wall_s"] / 3600 for row in cells.values() for each in row}
-        for claim in known["claims"]:
-            if claim["table"] != block["table"]:
-                continue
-            if claim.get("quantity") in ("filters", "similarity"):
-                for row in (claim["better"], *claim.get("worse", [])):
-                    for cell in cells[row]:
-                        cell["features"] = features(cell["run_dir"])
+        claims = [claim for claim in known["claims"] if claim["table"] == block["table"]]
+        looked = {
+            row
+            for claim in claims
+            if claim.get("quantity") in ("filters", "similarity")
+            for row in (claim["better"], *claim.get("worse", []))
+        }
+        for cell in itertools.chain.from_iterable(cells[row] for row in looked):
+            cell["features"] = features(cell["run_dir"])
+        for claim in claims:
             verdicts += [(claim["text"], block["epochs"], *line) for line in check(claim, cells)]
     lines = ["| claim | epochs | | figures | here |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(map(str, line))} |" for line in verdicts]

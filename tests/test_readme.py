@@ -1,4 +1,4 @@
-"""What README shows of a user's own parts works as it stands there."""
+"""What README shows works as it stands there, and its figures are those of RESULTS.md."""
 
 import json
 import re
@@ -37,3 +37,11 @@ def test_what_notebooks_are_told_to_do_works(first_line, kernel_run, tmp_path, m
     monkeypatch.chdir(tmp_path)
     shutil.copytree(kernel_run, tmp_path / "runs" / "quickstart")
     exec(code, {})
+
+
+def test_figures_are_those_of_results():
+    table = README.partition("| adder ResNet-20 |")[2].partition("\n\n")[0]
+    figures = re.findall(r"([\d.]+)%", table)
+    assert len(figures) == 7
+    known = (ROOT / "experiments" / "RESULTS.md").read_text()
+    assert all(f" | {figure} | " in known for figure in figures)

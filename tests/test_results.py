@@ -1,7 +1,6 @@
 """RESULTS.md: what finished cells say of the claims, and no more than they say."""
 
 import json
-import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -103,17 +102,6 @@ def test_results_say_what_is_there_and_what_is_not(tmp_path, monkeypatch, capsys
     assert "| kernel, fixed |  | not run |" in text
     assert (out / "results-response5-10-epochs-curves.png").stat().st_size > 10_000
     assert "(cells/results-response5-10-epochs-curves.png)" in text
-
-
-def test_readme_shows_figures_of_results():
-    root = results.HERE.parent
-    table = (
-        (root / "README.md").read_text().partition("| adder ResNet-20 |")[2].partition("\n\n")[0]
-    )
-    figures = re.findall(r"([\d.]+)%", table)
-    assert len(figures) == 7
-    known = (results.HERE / "RESULTS.md").read_text()
-    assert all(f" | {figure} | " in known for figure in figures)
 
 
 def test_features_are_looked_at_once_and_kept(kernel_run, alone_run, tmp_path):
