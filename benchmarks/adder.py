@@ -1,4 +1,4 @@
-"""The adder convolution on this CPU beside what the processor can do, XLA and PyTorch.
+"""The adder convolution on this CPU or GPU beside what it can do, XLA and PyTorch.
 
 python benchmarks/adder.py [--peers] [--json FILE] [--repeats 7]
 
@@ -143,22 +143,24 @@ def title(layer, depthwise=False) -> str:
     return text + (" /2" if stride == 2 else "") + (" depthwise" if depthwise else "")
 
 
-def jax_passes(layer, adder: bool, depthwise=False, one_program=False) -> dict:
-    """The three passes as functions of the number of calls.
+def operands(layer, depthwise=False) -> tuple:
+    """x, w and dy from N(0, 1)."""
+    import jax
 
-    In one program the buffers of all calls are mapped once, as they are in a training step; XLA's
-    own convolution is slow within a loop, and so is measured call by call.
-    """
+    keys = jax.random.split(jax.random.key(0), 3)
+    return tuple(
+        jax.random.normal(k, s) for k, s in zip(keys, shapes(layer, depthwise)[:3], strict=True)
+    )
+
+
+def jax_functions(layer, adder: bool, depthwise=False) -> dict:
+    """The three passes as functions of x, w and dy."""
     import jax
     from jax import lax
 
     from pkkd_jax.ops.adder import adder_conv
 
-    x_shape, w_shape, y_shape, _ = shapes(layer, depthwise)
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, w, dy = (
-        jax.random.normal(k, s) for k, s in zip(keys, (x_shape, w_shape, y_shape), strict=True)
-    )
+    x_shape, w_shape, _, _ = shapes(layer, depthwise)
     strides, groups = (layer[6],) * 2, x_shape[3] // w_shape[2]
 
     def convolution(x, w):
@@ -169,11 +171,24 @@ def jax_passes(layer, adder: bool, depthwise=False, one_program=False) -> dict:
             x, w, strides, "SAME", dimension_numbers=dimensions, feature_group_count=groups
         )
 
-    passes = {
+    return {
         "forward": lambda x, w, dy: convolution(x, w),
         "dx": lambda x, w, dy: jax.vjp(lambda x: convolution(x, w), x)[1](dy)[0],
         "dw": lambda x, w, dy: jax.vjp(lambda w: convolution(x, w), w)[1](dy)[0],
     }
+
+
+def jax_passes(layer, adder: bool, depthwise=False, one_program=False) -> dict:
+    """The three passes as functions of the number of calls.
+
+    In one program the buffers of all calls are mapped once, as they are in a training step; XLA's
+    own convolution is slow within a loop, and so is measured call by call.
+    """
+    import jax
+    from jax import lax
+
+    x, w, dy = operands(layer, depthwise)
+    passes = jax_functions(layer, adder, depthwise)
 
     def called(one):
         jitted = jax.jit(one)
@@ -348,6 +363,13 @@ def main() -> None:
         return
     import jax
 
+    if jax.default_backend() == "gpu":
+        import adder_gpu
+
+        result = adder_gpu.measure()
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps(result, indent=1))
+        return
     print(f"{THREADS} cores, jax {jax.__version__}, medians of {arguments.repeats}")
     result: dict = {"kernels": {}, "peers": {}}
     for isa in FLAGS:

@@ -1,15 +1,17 @@
-"""Whole training steps on synthetic CIFAR-10 images: seconds, ratios, peak memory, growth.
+"""Whole training steps on synthetic images: seconds, ratios, peak memory, growth.
 
-python benchmarks/step.py [--batch_size 128] [--depth 20] [--turns 3] [--methods] [--peers]
-    [--growth] [--json FILE]
+python benchmarks/step.py [--batch_size 128] [--depth 20] [--image_size 32] [--turns 3]
+    [--cases "ANN;CNN"] [--methods] [--peers] [--growth] [--json FILE]
 
 Each case trains in a process of its own, after warming up; the cases take turns, and medians over
-all turns are printed. `--methods` adds the other methods of distillation, `--peers` the same CNN in
-PyTorch (`pip install '.[peers]'`), which has no augmentation in its step. `--growth` adds the time
-of an ANN step by batch size and by depth.
+all turns are printed. On a GPU as many steps are under way as in a training. `--methods` adds the
+other methods of distillation, `--peers` the same CNN in PyTorch (`pip install '.[peers]'`), which
+has no augmentation in its step. `--growth` adds the time of an ANN step by batch size and by depth.
+With JAX_COMPILATION_CACHE_DIR set, later processes of a case do not compile it again.
 """
 
 import argparse
+import collections
 import json
 import os
 import resource
@@ -17,8 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
-WARM_UP, STEPS = 3, 12
+WARM_UP, STEPS, STEPS_GPU = 3, 12, 100
 CASES = (
     "ANN",
     "CNN",  # its convolutional twin, with this package's convolution
@@ -41,16 +44,18 @@ FIXED = ", fixed teacher"
 PEER = "CNN, PyTorch"
 
 
-def jax_step(case: str, depth: int, batch_size: int):
-    """A function that makes one step and waits for it."""
+def jax_step(case: str, depth: int, batch_size: int, image_size: int = 32):
+    """A function that begins one step, and returns what waits for its end."""
     import jax
     import numpy as np
     import optax
 
     from pkkd_jax import config, devices, distill, models, optim, update
 
+    name, classes = ("resnet_cifar", 10) if image_size < 64 else ("resnet_imagenet", 1000)
+
     def network(conv):
-        return models.build("resnet_cifar", depth=depth, num_classes=10, conv=conv)
+        return models.build(name, depth=depth, num_classes=classes, conv=conv)
 
     joint = case not in ("ANN", "CNN", "CNN, XLA")
     losses = config.losses(case.partition(",")[0].lower() if joint else "none")
@@ -70,8 +75,8 @@ def jax_step(case: str, depth: int, batch_size: int):
         seed=0,
     )
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (batch_size, 32, 32, 3), np.uint8)
-    labels = rng.integers(0, 10, batch_size).astype(np.int32)
+    images = rng.integers(0, 256, (batch_size, image_size, image_size, 3), np.uint8)
+    labels = rng.integers(0, classes, batch_size).astype(np.int32)
     teacher = None
     if case.endswith(FIXED):
         teacher = update.init_network(recipe.teacher, jax.random.key(0), images.shape[1:])
@@ -82,7 +87,7 @@ def jax_step(case: str, depth: int, batch_size: int):
     def step():
         nonlocal state
         state, metrics = mapped(state, batch)
-        jax.block_until_ready((state, metrics))
+        return partial(jax.block_until_ready, metrics)
 
     return step
 
@@ -126,8 +131,11 @@ def torch_step(depth: int, batch_size: int, channels_last: bool):
         optimiser.zero_grad()
         torch.nn.functional.cross_entropy(model(images), labels).backward()
         optimiser.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cuda":
+            return lambda: None
+        event = torch.cuda.Event()
+        event.record()
+        return event.synchronize
 
     return step
 
@@ -148,30 +156,35 @@ def peak_mb(of_torch: bool) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def measure(case: str, depth: int, batch_size: int) -> dict:
+def measure(case: str, depth: int, batch_size: int, image_size: int) -> dict:
     """Seconds of each step, and peak memory in MB before the first and at the end."""
     if case.startswith(PEER):
         make = lambda: torch_step(depth, batch_size, case.endswith("last"))  # noqa: E731
-        import torch  # noqa: F401
+        import torch
+
+        gpu = torch.cuda.is_available()
     else:
-        make = lambda: jax_step(case, depth, batch_size)  # noqa: E731
+        make = lambda: jax_step(case, depth, batch_size, image_size)  # noqa: E731
         import jax
 
         from pkkd_jax import memory
         from pkkd_jax.ops import adder
 
         memory.keep()  # as a training does
-        jax.devices()
+        gpu = jax.devices()[0].platform == "gpu"
     before = peak_mb(case.startswith(PEER))
     step, seconds = make(), []
     for _ in range(WARM_UP):
-        step()
+        step()()
     if not case.startswith(PEER):
         memory.trim()
-    step()
-    for _ in range(STEPS):
+    step()()
+    under_way: collections.deque = collections.deque()
+    for _ in range(STEPS_GPU if gpu else STEPS):
         begin = time.perf_counter()
-        step()
+        under_way.append(step())
+        if len(under_way) > (2 if gpu else 0):
+            under_way.popleft()()
         seconds.append(time.perf_counter() - begin)
     found = {"seconds": seconds, "before_mb": before, "peak_mb": peak_mb(case.startswith(PEER))}
     if not case.startswith(PEER):
@@ -180,19 +193,15 @@ def measure(case: str, depth: int, batch_size: int) -> dict:
     return found
 
 
-def in_process(case: str, depth: int, batch_size: int) -> dict:
+def in_process(case: str, depth: int, batch_size: int, image_size: int = 32) -> dict:
     """`measure` in a new process, on its default device."""
     command = [sys.executable, __file__, "--case", case, "--depth", str(depth)]
+    command += ["--batch_size", str(batch_size), "--image_size", str(image_size)]
     environment = dict(os.environ, XLA_FLAGS="")  # which may split a CPU into devices
     if case == "CNN, XLA":
         environment["PKKD_JAX_ADDER"] = "portable"
-    text = subprocess.run(
-        [*command, "--batch_size", str(batch_size)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-    ).stdout
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    text = done.stdout
     return json.loads(text.splitlines()[-1])
 
 
@@ -232,7 +241,9 @@ def main() -> None:
     """Runs all cases, or one for `in_process`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--depth", type=int, default=20, help="6n + 2")
+    parser.add_argument("--depth", type=int, default=20, help="6n + 2; 18, 34, 50, ... of 224")
+    parser.add_argument("--image_size", type=int, default=32, help="224 for ResNets of ImageNet")
+    parser.add_argument("--cases", default=";".join(CASES), help="of these, between semicolons")
     parser.add_argument("--turns", type=int, default=3, help="processes of each case")
     parser.add_argument("--methods", action="store_true", help="other methods of distillation too")
     parser.add_argument("--peers", action="store_true", help="PyTorch too")
@@ -242,9 +253,11 @@ def main() -> None:
     arguments = parser.parse_args()
     depth, batch_size = arguments.depth, arguments.batch_size
     if arguments.case:
-        print(json.dumps(measure(arguments.case, depth, batch_size)))
+        print(json.dumps(measure(arguments.case, depth, batch_size, arguments.image_size)))
         return
-    cases = list(CASES)
+    cases = arguments.cases.split(";")
+    if unknown := set(cases) - set(CASES):
+        parser.error(f"--cases: {sorted(unknown)}; allowed: {'; '.join(CASES)}")
     if arguments.methods:
         cases += [f"{case}{FIXED}" for case in ("KD", "PKKD")]
         cases += [f"{method}+kd" for method in METHODS]
@@ -256,25 +269,32 @@ def main() -> None:
     found: dict[str, list] = {case: [] for case in cases}
     for _ in range(arguments.turns):
         for case, runs in found.items():
-            runs.append(in_process(case, depth, batch_size))
+            runs.append(in_process(case, depth, batch_size, arguments.image_size))
     seconds = {
         c: statistics.median(s for r in runs for s in r["seconds"]) for c, runs in found.items()
     }
     memory = {c: statistics.median(r["peak_mb"] for r in runs) for c, runs in found.items()}
-    print(f"ResNet-{depth}, batch {batch_size}, {os.cpu_count()} cores, {found['ANN'][0]['where']}")
-    print(f"a process without a step: {found['ANN'][0]['before_mb']:.0f} MB")
-    print(f"{'':>28} {'ms/step':>8} {'of ANN':>7} {'img/s':>7} {'peak MB':>8}")
+    first = found[cases[0]][0]
+    print(f"ResNet-{depth}, batch {batch_size}, {os.cpu_count()} cores, {first['where']}")
+    print(f"a process without a step: {first['before_mb']:.0f} MB")
+    print(f"{'':>28} {'ms/step':>8} {'of ' + cases[0]:>7} {'img/s':>7} {'peak MB':>8}")
     for case in cases:
         rate = batch_size / seconds[case]
-        share = seconds[case] / seconds["ANN"]
+        share = seconds[case] / seconds[cases[0]]
         ms = 1e3 * seconds[case]
         print(f"{case:>28} {ms:>8.1f} {share:>7.2f} {rate:>7.0f} {memory[case]:>8.0f}")
+    parts = {
+        "PKKD / (ANN + CNN)": (seconds, "PKKD", "ANN", "CNN"),
+        "PKKD / KD": (seconds, "PKKD", "KD"),
+        "PKKD at every 3x3 layer / KD": (seconds, "PKKD, 3x3", "KD"),
+        "ANN / CNN with XLA's convolution": (seconds, "ANN", "CNN, XLA"),
+        "peak memory, ANN / CNN with XLA's convolution": (memory, "ANN", "CNN, XLA"),
+        "peak memory, ANN / CNN": (memory, "ANN", "CNN"),
+    }
     ratios = {
-        "PKKD / (ANN + CNN)": seconds["PKKD"] / (seconds["ANN"] + seconds["CNN"]),
-        "PKKD / KD": seconds["PKKD"] / seconds["KD"],
-        "PKKD at every 3x3 layer / KD": seconds["PKKD, 3x3"] / seconds["KD"],
-        "ANN / CNN with XLA's convolution": seconds["ANN"] / seconds["CNN, XLA"],
-        "peak memory, ANN / CNN with XLA's convolution": memory["ANN"] / memory["CNN, XLA"],
+        name: figures[case] / sum(figures[other] for other in others)
+        for name, (figures, case, *others) in parts.items()
+        if {case, *others} <= set(cases)
     }
     if arguments.peers:
         best = min(value for case, value in seconds.items() if case.startswith(PEER))

@@ -8,43 +8,20 @@ fills the card. Times are those of the kernels alone, from JAX's profiler.
 
 import argparse
 import functools
-import glob
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import jax
+from adder_gpu import device_seconds
 
 from pkkd_jax.ops import geometry as geometry_lib
 from pkkd_jax.ops import gpu, mosaic
 
-BATCH, SIZE, TAPS, CALLS = 256, 28, 3, 10
+BATCH, SIZE, TAPS = 256, 28, 3
 LIMIT = (
     mosaic.PROCESSORS * 128 * 1.98e9 / 2
 )  # terms a second: processors, lanes, clock, two instructions each
-
-
-def kernel_seconds(function) -> float:
-    """Seconds that the adder kernels of one call take on the device."""
-    jax.block_until_ready(function())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(CALLS):
-                result = function()
-            jax.block_until_ready(result)
-        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        planes = jax.profiler.ProfileData.from_file(path).planes
-        nanoseconds = sum(
-            event.duration_ns
-            for plane in planes
-            if "GPU" in plane.name
-            for line in plane.lines
-            if "tream" in line.name
-            for event in line.events
-            if "mosaic" in event.name
-        )
-    return nanoseconds / CALLS / 1e9
 
 
 def main() -> None:
@@ -66,13 +43,17 @@ def main() -> None:
         w = jax.random.normal(keys[2], (TAPS, TAPS, channels, channels))
         geometry = geometry_lib.resolve(shape, w.shape, 1, "SAME", 1, 1, "hardtanh")
         terms = x.size * TAPS * TAPS * channels
-        pair = []
-        for rule, operands in ((gpu.forward, (x, w)), (gpu.input_gradient, (x, w, dy))):
-            compiled = (
-                jax.jit(functools.partial(rule, geometry=geometry)).lower(*operands).compile()
+        functions = [
+            functools.partial(
+                jax.jit(functools.partial(rule, geometry=geometry)).lower(*operands).compile(),
+                *operands,
             )
-            seconds = kernel_seconds(functools.partial(compiled, *operands))
-            pair.append(terms / seconds)
+            for rule, operands in ((gpu.forward, (x, w)), (gpu.input_gradient, (x, w, dy)))
+        ]
+        pair = [
+            terms / sum(seconds for name, seconds in kernels.items() if "mosaic" in name)
+            for kernels in device_seconds(functions)
+        ]
         rates[tile] = pair
         print(
             f"    {tile}: ({pair[0] / 1e12:.2f}, {pair[1] / 1e12:.2f}),"

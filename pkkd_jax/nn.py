@@ -15,6 +15,7 @@ from jax import Array, lax
 from pkkd_jax import names
 from pkkd_jax.ops import binary
 from pkkd_jax.ops.adder import adder_conv
+from pkkd_jax.ops.batch_norm import batch_norm
 from pkkd_jax.ops.conv import conv_general_dilated
 
 
@@ -147,6 +148,34 @@ class PCNNConv(Conv):
     activation = staticmethod(lambda x: x)
 
 
+class BatchNorm(linen.BatchNorm):
+    """`flax.linen.BatchNorm` over the last axis, with fewer passes over memory in training.
+
+    `use_fast_variance` is left aside: the variance is that of distances from the running mean.
+    """
+
+    @linen.compact
+    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
+        """Normalises `[..., channels]`."""
+        average = linen.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        shape = x.shape[-1:]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape)
+        var = self.variable("batch_stats", "var", jnp.ones, shape)
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        if average:
+            y = (x - mean.value) * (lax.rsqrt(var.value + self.epsilon) * scale) + bias
+        else:
+            axis = None if self.is_initializing() else self.axis_name
+            y, *found = batch_norm(x, scale, bias, mean.value, self.epsilon, axis)
+            if not self.is_initializing():
+                for running, new in zip((mean, var), found, strict=True):
+                    running.value = self.momentum * running.value + (1 - self.momentum) * new
+        return y.astype(self.dtype or x.dtype)
+
+
 CONVOLUTIONS = {"conv": Conv, "adder": AdderConv, "binary": BinaryConv, "pcnn": PCNNConv}
 
 
@@ -199,14 +228,12 @@ class Network(linen.Module):
         activation = getattr(swapped, "activation", linen.relu)
         swapped = ordinary if swapped is Conv else partial(swapped, **shared)
         norm = partial(
-            linen.BatchNorm,
+            BatchNorm,
             use_running_average=not train,
             momentum=0.9,
             epsilon=1e-5,
             dtype=self.dtype,
             axis_name=self.bn_axis_name,
-            # Adder outputs have a mean far from 0, where E[x^2] - E[x]^2 cancels.
-            use_fast_variance=False,
         )
         return ordinary, swapped, norm, activation
 

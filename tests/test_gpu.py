@@ -68,6 +68,35 @@ def test_half_precision_is_as_exact_as_its_results_are_rounded(dtype):
     np.testing.assert_allclose(y, expected, rtol=4 * float(jnp.finfo(dtype).eps) / 2)
 
 
+@pytest.mark.skipif(not LOWERS, reason="the kernels need JAX 0.11.2")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 3, 6, 20])
+def test_copies_begin_at_multiples_of_16_bytes(monkeypatch, batch, dtype):
+    """A Hopper refuses others as an illegal instruction, which no interpreter shows."""
+    from pkkd_jax.ops import mosaic
+
+    begins = []
+
+    def gather(v, w, x, *, tile, grid, offset, **_):
+        for tap in range(w.shape[0]):
+            places = int(offset(tap)[2]) + tile[0] * np.arange(grid[1])
+            assert places[-1] + tile[0] <= v.shape[3]
+            begins.extend(places * v.dtype.itemsize)
+        assert v.shape[3] * v.dtype.itemsize % 16 == 0
+        return jnp.zeros((grid[0], grid[1] * tile[0], grid[2] * tile[1]))
+
+    monkeypatch.setattr(mosaic, "gather", gather)
+    x, w = (a.astype(dtype) for a in data((batch, 9, 8, 5), (3, 3, 5, 4)))
+    for strides, dilation in ((1, 1), (2, 1), (1, 2)):
+        geometry = geometry_lib.resolve(x.shape, w.shape, strides, "SAME", dilation, 1, "hardtanh")
+        dy = jnp.zeros(geometry.output_shape(x.shape, w.shape))
+        with jax.disable_jit():
+            assert gpu.forward(x, w, geometry).shape == dy.shape
+            assert gpu.input_gradient(x, w, dy, geometry).shape == x.shape
+    assert begins
+    assert not np.any(np.array(begins) % 16)
+
+
 NETWORKS = [("resnet_cifar", 20, 32), ("resnet_imagenet", 18, 64), ("resnet_imagenet", 50, 64)]
 
 

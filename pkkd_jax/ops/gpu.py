@@ -27,7 +27,7 @@ from pkkd_jax.ops.geometry import Geometry, Pair
 JAX_VERSION = (0, 11, 2)
 COMPUTE_CAPABILITY = "9.0"
 
-ALIGNMENT = 16  # bytes, of the strides of a copy
+ALIGNMENT = 16  # bytes, of the strides of a copy and of where it begins
 GRID = 65535  # the most that CUDA counts in y and z
 
 
@@ -77,7 +77,7 @@ def input_gradient(
 
 def _serves(result, geometry: Geometry) -> bool:
     # Rows, and tiles of at least 64 of a row's places, are counted by a grid's y and z.
-    small = max(result[1], result[0] * result[2] // 64) < GRID
+    small = max(result[1], (result[0] + ALIGNMENT) * result[2] // 64) < GRID
     return geometry.groups == 1 and small and selected() == "mosaic"
 
 
@@ -97,7 +97,11 @@ def _gather(
     """A `gather.Gather`; `interpret` is that of `plgpu.kernel`."""
     from pkkd_jax.ops import mosaic
 
-    n, (kh, kw, k, c), (ho, wo) = v.shape[0], w.shape, size
+    # One place further is one row of the batch: a copy must begin at a multiple of ALIGNMENT.
+    batch, (kh, kw, k, c), (ho, wo) = v.shape[0], w.shape, size
+    aligned = ALIGNMENT // v.dtype.itemsize
+    n = math.ceil(batch / aligned) * aligned
+    v, x = (a if a is None else jnp.pad(a, ((0, n - batch), *((0, 0),) * 3)) for a in (v, x))
     tile = mosaic.tile_of(ho, wo * n, c, x is not None)
     block = mosaic.block_of(k)
     grid = ho, math.ceil(wo * n / tile[0]), math.ceil(c / tile[1])
@@ -115,8 +119,6 @@ def _gather(
     v = v.reshape(n, v.shape[1], columns, strides[1], -1).transpose(4, 1, 3, 2, 0)
     v = v.reshape(*v.shape[:3], columns * n)
     reach = max(columns * n, (kw - 1) * dilation[1] // strides[1] * n + places)
-    aligned = ALIGNMENT // v.dtype.itemsize
-    reach = math.ceil(reach / aligned) * aligned
     v = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, reach - columns * n)))
     if x is not None:
         x = x.transpose(1, 2, 0, 3).reshape(ho, wo * n, c)
@@ -138,4 +140,4 @@ def _gather(
         surrogate=surrogate,
         interpret=interpret,
     )
-    return y[:, : wo * n, :c].reshape(ho, wo, n, c).transpose(2, 0, 1, 3)
+    return y[:, : wo * n, :c].reshape(ho, wo, n, c)[:, :, :batch].transpose(2, 0, 1, 3)

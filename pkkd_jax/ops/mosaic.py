@@ -79,7 +79,7 @@ def gather(
       `[rows, places, c]`, float32.
     """
     places, channels = tile
-    layout = _layout(tile, v.dtype)
+    layout = layout_of(tile, v.dtype)
 
     def pixels(tap, step):
         row, phase, place = offset(tap)
@@ -194,7 +194,7 @@ def _saturate(tile: Pair, layout, interpret) -> Callable:
     return saturate
 
 
-def _layout(tile: Pair, dtype):
+def layout_of(tile: Pair, dtype):
     """Of a tile in a warpgroup: a thread has up to 4 rows of 16 bytes, and multiples of that."""
     rows, vector = min(tile[0] // 32, 4), min(16 // dtype.itemsize, tile[1] // 4)
     # Four warps one below the other; in each, eight lanes below and four beside each other.
