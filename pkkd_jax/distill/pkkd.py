@@ -1,5 +1,6 @@
 """Progressive kernel-based knowledge distillation: features matched in a kernel space."""
 
+import collections
 import math
 
 import jax
@@ -48,6 +49,11 @@ def own_moments(z: jax.Array, axis_name: str | None) -> jax.Array:
     return half + half.T - lax.stop_gradient(half)
 
 
+def diagonal(matrix: jax.Array) -> jax.Array:
+    """`jnp.diag` of a square matrix, whose derivative is no scatter."""
+    return (matrix * jnp.eye(len(matrix))).sum(0)
+
+
 def rho(weights: jax.Array | None, covariance: jax.Array | None, channels: int) -> jax.Array:
     """The matrix of rho: BatchNorm of centred responses, `weights`, and BatchNorm again.
 
@@ -58,11 +64,11 @@ def rho(weights: jax.Array | None, covariance: jax.Array | None, channels: int) 
     """
     if covariance is None:
         return jnp.eye(channels) if weights is None else weights
-    scale = lax.rsqrt(jnp.diag(covariance) + 1e-5)
+    scale = lax.rsqrt(diagonal(covariance) + 1e-5)
     if weights is None:
-        return jnp.diag(scale)
+        return scale * jnp.eye(channels)
     matrix = scale[:, None] * weights
-    return matrix * lax.rsqrt(jnp.diag(matrix.T @ covariance @ matrix) + 1e-5)
+    return matrix * lax.rsqrt(diagonal(matrix.T @ covariance @ matrix) + 1e-5)
 
 
 def effective_rank(second: jax.Array) -> jax.Array:
@@ -160,7 +166,7 @@ def pkkd(
 
     @jax.default_matmul_precision("highest")  # differences of moments would magnify roundings
     def apply(params, student, teacher, axis_name):
-        losses, metrics = [], {}
+        found, metrics = {}, {}
         for tap, z_a, z_c in pairs(student, teacher):
             z_a, z_c = z_a.astype(jnp.float32), z_c.astype(jnp.float32)
             if kernel:
@@ -171,23 +177,37 @@ def pkkd(
                 metrics[f"underflow/{tap}"] = (z_a[:UNDERFLOW_EXAMPLES] <= floor).mean()
                 metrics[f"sigma_student/{tap}"] = jnp.exp(log_a / 2)
                 metrics[f"sigma_teacher/{tap}"] = jnp.exp(log_c / 2)
-            weights = params["rho"][tap]
             mean_a, mean_c = (mean(z, axis_name) for z in (z_a, z_c))
             # Centred by constants: the derivatives of products of centred responses sum to zero.
             z_a, z_c = z_a - lax.stop_gradient(mean_a), z_c - lax.stop_gradient(mean_c)
             aa, cc = own_moments(z_a, axis_name), own_moments(z_c, axis_name)
-            a = rho(weights.get("student"), aa if batch_norm else None, z_a.shape[-1])
-            c = rho(weights.get("teacher"), cc if batch_norm else None, z_c.shape[-1])
-            # The responses of rho are never made: their moments say all that is asked of them.
-            aa, ac, cc = a.T @ aa @ a, a.T @ moments(z_a, z_c, axis_name) @ c, c.T @ cc @ c
-            squares = jnp.diag(aa - 2 * ac + cc)
-            if not batch_norm:
-                squares = squares + jnp.square(mean_a @ a - mean_c @ c)
-            losses.append(squares.mean())
-            metrics[f"rank_student/{tap}"] = effective_rank(aa)
-            metrics[f"rank_teacher/{tap}"] = effective_rank(cc)
-        loss = jnp.stack(losses).mean()
+            ac = moments(z_a, z_c, axis_name)
+            found[tap] = params["rho"][tap], aa, ac, cc, mean_a, mean_c
+        # Small matrices, of which a GPU does those of many taps in the time of one.
+        alike = collections.defaultdict(list)
+        for tap, matrices in found.items():
+            alike[tuple(a.shape for a in jax.tree.leaves(matrices))].append(tap)
+        losses = []
+        for taps in alike.values():
+            stacked = jax.tree.map(lambda *a: jnp.stack(a), *(found[tap] for tap in taps))
+            squares, *ranks = jax.vmap(compare)(*stacked)
+            losses.append(squares.mean(1).sum())
+            for i, tap in enumerate(taps):
+                for side, rank in zip(("student", "teacher"), ranks, strict=True):
+                    metrics[f"rank_{side}/{tap}"] = rank[i]
+        loss = sum(losses) / len(found)
         return loss, {"loss_mid": loss, **metrics}
+
+    def compare(weights, aa, ac, cc, mean_a, mean_c):
+        """Of one tap: squared distances of rho's channels, and both sides' effective ranks."""
+        a = rho(weights.get("student"), aa if batch_norm else None, len(aa))
+        c = rho(weights.get("teacher"), cc if batch_norm else None, len(cc))
+        # The responses of rho are never made: their moments say all that is asked of them.
+        aa, ac, cc = a.T @ aa @ a, a.T @ ac @ c, c.T @ cc @ c
+        squares = diagonal(aa - 2 * ac + cc)
+        if not batch_norm:
+            squares = squares + jnp.square(mean_a @ a - mean_c @ c)
+        return squares, effective_rank(aa), effective_rank(cc)
 
     @jax.default_matmul_precision("highest")
     def stages(params, student, teacher):

@@ -42,6 +42,13 @@ def batch_norm(
     return y, *map(lax.stop_gradient, statistics)
 
 
+def _means(a, b):
+    """`[2, channels]`: the means of both over images and places."""
+    # Image by image first, both in one pass: on a GPU these are two kernels and not three.
+    images = [v.mean(tuple(range(1, v.ndim - 1))) for v in (a, b)]
+    return jnp.stack(images).mean(1)
+
+
 def _pmean(values, axis_name):
     return values if axis_name is None else lax.pmean(values, axis_name)
 
@@ -52,9 +59,8 @@ def _batch_norm(epsilon, axis_name, x, scale, bias, near):
 
 
 def _forward(epsilon, axis_name, x, scale, bias, near):
-    axes = tuple(range(x.ndim - 1))
     d = x.astype(jnp.float32) - near
-    first, second = _pmean((d.mean(axes), jnp.square(d).mean(axes)), axis_name)
+    first, second = _pmean(_means(d, jnp.square(d)), axis_name)
     mean, var = near + first, jnp.maximum(second - jnp.square(first), 0)
     inverse = lax.rsqrt(var + epsilon)
     y = (x - mean) * (inverse * scale) + bias
@@ -64,13 +70,12 @@ def _forward(epsilon, axis_name, x, scale, bias, near):
 def _backward(epsilon, axis_name, residuals, cotangents):
     del epsilon
     x, scale, mean, inverse = residuals
-    dy, axes = cotangents[0], tuple(range(x.ndim - 1))
+    dy, count = cotangents[0], math.prod(x.shape[:-1])
     normal = (x - mean) * inverse
-    dbias, dscale = dy.sum(axes), (dy * normal).sum(axes)
-    count = math.prod(x.shape[:-1])
-    dy_mean, slope = _pmean((dbias / count, dscale / count), axis_name)
-    dx = (inverse * scale) * (dy - dy_mean - normal * slope)
-    return dx.astype(x.dtype), dscale, dbias, jnp.zeros_like(mean)
+    means = _means(dy, dy * normal)
+    offset, slope = _pmean(means, axis_name)
+    dx = (inverse * scale) * (dy - offset - normal * slope)
+    return dx.astype(x.dtype), count * means[1], count * means[0], jnp.zeros_like(mean)
 
 
 _batch_norm.defvjp(_forward, _backward)

@@ -5,10 +5,10 @@ Forward and input gradient are one kernel, `mosaic.gather`. For it pixels are la
 contiguous wherever a tap moves them, and nothing is unfolded in memory: split by phase, a stride
 is 1.
 
-Sums are float32. Forward, operands of half precision stay such and are added eight at a time in
-their own type, two in an instruction, whose error is of the order of the result's own rounding; in
-the input gradient they are cast. There a NaN in `x` or `w` counts as a difference of -1: it is the
-forward pass that shows it.
+Sums are float32. Forward, float16 stays such and is added eight at a time in its own type, two in
+an instruction, whose error is of the order of the result's own rounding; bfloat16, for which that
+is slower, and operands of the input gradient are cast to float32. There a NaN in `x` or `w` counts
+as a difference of -1: it is the forward pass that shows it.
 """
 
 import functools
@@ -60,6 +60,8 @@ def forward(x: jax.Array, w: jax.Array, geometry: Geometry, interpret: Any = Non
     if gather.empty(x, w) or 0 in shape or not _serves(shape, geometry):
         return portable.forward(x, w, geometry)
     dtype = jnp.promote_types(x.dtype, w.dtype)
+    if dtype == jnp.bfloat16:
+        dtype = jnp.float32  # which the card adds faster
     kernel = functools.partial(_gather, interpret=interpret)
     return gather.forward(x.astype(dtype), w.astype(dtype), geometry, kernel)
 
