@@ -4,7 +4,7 @@ python benchmarks/gpu_instructions.py [--json FILE]     (pip install '.[gpu-aot]
 
 Compiles forward and input gradient ahead of time for an H100, for every tile and dtype, and counts
 in the machine code what a thread executes in one stage of the pipeline. An adder term is two
-instructions in float32, so 2 is the limit; half precision holds two terms in one instruction.
+instructions in float32, so 2 is the limit; float16 holds two terms in one instruction.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def measure(folder: Path) -> list[dict]:
         trips = mosaic.block_of(channels) // mosaic.UNROLLED
         terms = tile[0] * tile[1] // LANES * mosaic.block_of(channels)
         for name, dtypes in (
-            ("forward", ("float32", "float16", "bfloat16")),
+            ("forward", ("float32", "float16")),
             ("input gradient", ("float32",)),
         ):
             for dtype in dtypes:

@@ -84,7 +84,7 @@ def adder_conv(
         derivative of half the squared L2 distance) for ablations.
     Returns:
       `[batch, height', width', c_out]`, dtype of `x`, every value <= 0; sums are float32, but on
-      Hopper GPUs of eight terms of half precision first.
+      Hopper GPUs of eight terms of float16 first.
     Raises:
       ValueError: if shapes or dtypes do not fit or an argument is out of range; the message prints
         them.
