@@ -9,6 +9,10 @@ layer and its ceilings take turns, since clocks drift; medians are printed. A sh
 that the layer fits into a cache. Then the same layers called one by one, as XLA's convolution, and
 with `--peers` (`pip install '.[peers]'`) as PyTorch's, as torch.cdist and as a broadcasting adder.
 Compiles `ceilings.cc` with `c++` (or $CXX).
+
+On a Hopper GPU it is `adder_gpu.py`: T terms a second of whole passes and of the kernels in them,
+and their share of what additions in registers reach, at 256 images; then plain JAX and the
+convolution. There `--repeats` means nothing.
 """
 
 import argparse
@@ -366,6 +370,8 @@ def main() -> None:
     if jax.default_backend() == "gpu":
         import adder_gpu
 
+        if arguments.peers:
+            parser.error("--peers: PyTorch is measured on CPUs only; leave it out here")
         result = adder_gpu.measure()
         if arguments.json:
             Path(arguments.json).write_text(json.dumps(result, indent=1))

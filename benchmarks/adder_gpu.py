@@ -7,6 +7,7 @@ import glob
 import math
 import os
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,14 +28,20 @@ ROUNDS, UNROLLED = 1 << 15, 4
 OTHERS = ("plain JAX", "convolution")
 
 
+def require_hopper() -> None:
+    """Ends the program where the kernels cannot run."""
+    if jax.default_backend() != "gpu" or gpu.selected() != "mosaic":
+        sys.exit(f"error: no Hopper GPU here, but {jax.devices()[0].device_kind}: run it on one")
+
+
 def device_seconds(functions: Sequence[Callable], calls: int = 5) -> list[dict[str, float]]:
     """For each function the seconds that one call spends in each kernel of the card.
 
     A kernel of a function of their own stands between those of two functions.
     """
     mark = jax.jit(lax.cbrt)
-    for function in (mark, mark, *functions):  # what is done once is done
-        jax.block_until_ready(function(0.5) if function is mark else function())
+    for function in (partial(mark, 0.5), *functions):  # what is done once is done
+        jax.block_until_ready(function())
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for function in functions:
@@ -164,6 +171,7 @@ def layers() -> dict[str, dict[str, dict[str, float]]]:
 
 def measure() -> dict:
     """Measures and prints all."""
+    require_hopper()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, adder op: {gpu.selected()}")
     result = {"ceilings": ceilings()}
     peak = result["ceilings"]["terms"] / 1e12

@@ -258,6 +258,8 @@ def main() -> None:
     cases = arguments.cases.split(";")
     if unknown := set(cases) - set(CASES):
         parser.error(f"--cases: {sorted(unknown)}; allowed: {'; '.join(CASES)}")
+    if arguments.image_size != 32 and (arguments.peers or arguments.growth):
+        parser.error("--peers and --growth are of networks for 32 x 32: leave out --image_size")
     if arguments.methods:
         cases += [f"{case}{FIXED}" for case in ("KD", "PKKD")]
         cases += [f"{method}+kd" for method in METHODS]

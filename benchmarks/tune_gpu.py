@@ -9,11 +9,10 @@ fills the card. Times are those of the kernels alone, from JAX's profiler.
 import argparse
 import functools
 import json
-import sys
 from pathlib import Path
 
 import jax
-from adder_gpu import device_seconds
+from adder_gpu import device_seconds, require_hopper
 
 from pkkd_jax.ops import geometry as geometry_lib
 from pkkd_jax.ops import gpu, mosaic
@@ -29,8 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", help="file for all figures")
     arguments = parser.parse_args()
-    if jax.default_backend() != "gpu" or gpu.selected() != "mosaic":
-        sys.exit(f"error: no Hopper GPU here, but {jax.devices()[0].device_kind}: run it on one")
+    require_hopper()
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; limit {LIMIT / 1e12:.1f} T/s")
     rates = {}
     for tile in list(mosaic.TILES):
