@@ -20,21 +20,20 @@ def defined(x, scale, bias):
 
 
 def operands(shape):
-    keys = jax.random.split(jax.random.key(0), 5)
+    keys = jax.random.split(jax.random.key(0), 4)
     x, dy = (jax.random.normal(key, shape) for key in keys[:2])
-    scale, bias, near = (jax.random.normal(key, shape[-1:]) for key in keys[2:])
-    return 3 * x - 2, scale, bias, near, dy
+    scale, bias = (jax.random.normal(key, shape[-1:]) for key in keys[2:])
+    return 3 * x - 2, scale, bias, dy
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 5, 3), (7, 2)])
 def test_it_and_its_gradients_equal_the_definition_in_float64(shape):
-    x, scale, bias, near, dy = operands(shape)
-    (y, mean, var), vjp = jax.vjp(lambda *a: batch_norm(*a, EPSILON), x, scale, bias, near)
+    x, scale, bias, dy = operands(shape)
+    (y, mean, var), vjp = jax.vjp(lambda *a: batch_norm(*a, EPSILON), x, scale, bias)
     for ours, theirs in zip((y, mean, var), defined(x, scale, bias), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=2e-6, atol=2e-6)
     # What flows into mean and variance must change nothing.
-    *gradients, of_near = vjp((dy, jnp.ones_like(mean), jnp.ones_like(var)))
-    assert not of_near.any()
+    gradients = vjp((dy, jnp.ones_like(mean), jnp.ones_like(var)))
     places = [np.asarray(a, np.float64) for a in (x, scale, bias)]
     for index, gradient in enumerate(gradients):
         for place in np.ndindex(gradient.shape):
@@ -47,11 +46,11 @@ def test_it_and_its_gradients_equal_the_definition_in_float64(shape):
 
 
 def test_devices_together_equal_one():
-    x, scale, bias, near, dy = operands((8, 3, 2, 5))
+    x, scale, bias, dy = operands((8, 3, 2, 5))
 
     def run(x, dy, axis_name):
         y, vjp, statistics = jax.vjp(
-            lambda *a: (lambda y, *rest: (y, rest))(*batch_norm(*a, near, EPSILON, axis_name)),
+            lambda *a: (lambda y, *rest: (y, rest))(*batch_norm(*a, EPSILON, axis_name)),
             x, scale, bias, has_aux=True,
         )  # fmt: skip
         return y, statistics, vjp(dy)
@@ -67,10 +66,10 @@ def test_devices_together_equal_one():
         np.testing.assert_allclose(ours, np.broadcast_to(theirs, ours.shape), rtol=1e-5)
 
 
-def test_a_large_mean_does_not_cancel_where_it_is_roughly_known():
-    x, scale, bias, near, _ = operands((64, 4, 4, 3))
+def test_a_large_mean_does_not_cancel():
+    x, scale, bias, _ = operands((64, 4, 4, 3))
     x = x + 30_000
-    _, mean, var = batch_norm(x, scale, bias, near + 30_000, EPSILON)
+    _, mean, var = batch_norm(x, scale, bias, EPSILON)
     _, expected_mean, expected_var = defined(x, scale, bias)
     np.testing.assert_allclose(mean, expected_mean, rtol=1e-6)
     np.testing.assert_allclose(var, expected_var, rtol=1e-5)

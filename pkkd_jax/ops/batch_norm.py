@@ -14,7 +14,6 @@ def batch_norm(
     x: jax.Array,
     scale: jax.Array,
     bias: jax.Array,
-    near: jax.Array,
     epsilon: float,
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -22,13 +21,13 @@ def batch_norm(
 
         y = (x - mean) / sqrt(var + epsilon) * scale + bias
 
-    Mean and variance are made of one pass's sums of `d = x - near` and of `d^2`:
-    `var = E[d^2] - E[d]^2` loses little to rounding where `near` is within some deviations of the
-    mean. The gradient is that of the definition, likewise of one pass's sums.
+    Mean and variance are made of one pass's sums of `d = x - x'` and of `d^2`, with a place x' of
+    the batch: `var = E[d^2] - E[d]^2` loses little to rounding however far the mean is from 0, as
+    that of adders is. The gradient is that of the definition, likewise of one pass's sums.
 
     Args:
-      x: `[..., channels]`.
-      scale, bias, near: `[channels]`; `near` changes nothing but the rounding.
+      x: `[batch, ..., channels]`.
+      scale, bias: `[channels]`.
       epsilon: added to the variance.
       axis_name: a device axis over which the statistics are averaged.
     Returns:
@@ -37,8 +36,7 @@ def batch_norm(
       Ioffe and Szegedy, Batch Normalization, ICML 2015.
     """
     # Under shard_map what differs less over devices is cast outside the VJP, as in `adder_conv`.
-    x, scale, bias, near = vary_together(x, scale, bias, lax.stop_gradient(near))
-    y, *statistics = _batch_norm(epsilon, axis_name, x, scale, bias, near)
+    y, *statistics = _batch_norm(epsilon, axis_name, *vary_together(x, scale, bias))
     return y, *map(lax.stop_gradient, statistics)
 
 
@@ -54,14 +52,17 @@ def _pmean(values, axis_name):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _batch_norm(epsilon, axis_name, x, scale, bias, near):
-    return _forward(epsilon, axis_name, x, scale, bias, near)[0]
+def _batch_norm(epsilon, axis_name, x, scale, bias):
+    return _forward(epsilon, axis_name, x, scale, bias)[0]
 
 
-def _forward(epsilon, axis_name, x, scale, bias, near):
-    d = x.astype(jnp.float32) - near
-    first, second = _pmean(_means(d, jnp.square(d)), axis_name)
-    mean, var = near + first, jnp.maximum(second - jnp.square(first), 0)
+def _forward(epsilon, axis_name, x, scale, bias):
+    place = x[(0, *(size // 2 for size in x.shape[1:-1]))].astype(jnp.float32)
+    d = x - place
+    first, second = _means(d, jnp.square(d))
+    own_mean, own_var = place + first, jnp.maximum(second - jnp.square(first), 0)
+    mean = _pmean(own_mean, axis_name)
+    var = _pmean(own_var + jnp.square(own_mean - mean), axis_name)
     inverse = lax.rsqrt(var + epsilon)
     y = (x - mean) * (inverse * scale) + bias
     return (y, mean, var), (x, scale, mean, inverse)
@@ -75,7 +76,7 @@ def _backward(epsilon, axis_name, residuals, cotangents):
     means = _means(dy, dy * normal)
     offset, slope = _pmean(means, axis_name)
     dx = (inverse * scale) * (dy - offset - normal * slope)
-    return dx.astype(x.dtype), count * means[1], count * means[0], jnp.zeros_like(mean)
+    return dx.astype(x.dtype), count * means[1], count * means[0]
 
 
 _batch_norm.defvjp(_forward, _backward)
