@@ -7,7 +7,8 @@
 Ten epochs, `--config.epochs=10 --config.batch_size=128`, give 80.8% (one run), in under four
 minutes an epoch on two cores with AVX-512. On so short a schedule a teacher trained before is
 better, and the kernel is not needed: 81.9% (one run), by the two commands in README. Thirty epochs
-give 85.0% (two runs), no more than `:distill=none` (85.1%) and less than `:distill=kd` (86.0%, one run).
+give 85.0% (two runs), no more than the adder network alone (85.1%), and less than `:distill=kd`
+(86.0%, one run).
 """
 
 from pkkd_jax import config as config_lib
