@@ -69,7 +69,7 @@ def test_half_precision_is_as_exact_as_its_results_are_rounded(dtype):
 
 
 @pytest.mark.skipif(not LOWERS, reason="the kernels need JAX 0.11.2")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 3, 6, 20])
 def test_copies_begin_at_multiples_of_16_bytes(monkeypatch, batch, dtype):
     """A Hopper refuses others as an illegal instruction, which no interpreter shows."""

@@ -11,6 +11,7 @@ from pkkd_jax.distill import Distiller
 from pkkd_jax.distill.taps import pair_taps
 from pkkd_jax.names import UserError
 from pkkd_jax.ops.conv import sum_of_products
+from pkkd_jax.ops.primitive import mean_over
 
 __all__ = ["pkkd"]
 
@@ -35,12 +36,12 @@ def first_sigma2(z: jax.Array) -> jax.Array:
 
 def mean(z: jax.Array, axis_name: str | None) -> jax.Array:
     """`[channels]`, means over places and the global batch."""
-    return _mean(z.mean((0, 1, 2)), axis_name)
+    return mean_over(axis_name, z.mean((0, 1, 2)))
 
 
 def moments(a: jax.Array, b: jax.Array, axis_name: str | None) -> jax.Array:
     """`[channels of a, channels of b]`: means of `a_i b_j` over places and the global batch."""
-    return _mean(sum_of_products(a, b) / math.prod(a.shape[:3]), axis_name)
+    return mean_over(axis_name, sum_of_products(a, b) / math.prod(a.shape[:3]))
 
 
 def own_moments(z: jax.Array, axis_name: str | None) -> jax.Array:
@@ -227,7 +228,3 @@ def pkkd(
         return found
 
     return Distiller(init, apply, stages)
-
-
-def _mean(value: jax.Array, axis_name: str | None) -> jax.Array:
-    return value if axis_name is None else lax.pmean(value, axis_name)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pkkd_jax.ops.primitive import vary_together
+from pkkd_jax.ops.primitive import mean_over, vary_together
 
 
 def batch_norm(
@@ -47,10 +47,6 @@ def _means(a, b):
     return jnp.stack(images).mean(1)
 
 
-def _pmean(values, axis_name):
-    return values if axis_name is None else lax.pmean(values, axis_name)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _batch_norm(epsilon, axis_name, x, scale, bias):
     return _forward(epsilon, axis_name, x, scale, bias)[0]
@@ -61,8 +57,8 @@ def _forward(epsilon, axis_name, x, scale, bias):
     d = x - place
     first, second = _means(d, jnp.square(d))
     own_mean, own_var = place + first, jnp.maximum(second - jnp.square(first), 0)
-    mean = _pmean(own_mean, axis_name)
-    var = _pmean(own_var + jnp.square(own_mean - mean), axis_name)
+    mean = mean_over(axis_name, own_mean)
+    var = mean_over(axis_name, own_var + jnp.square(own_mean - mean))
     inverse = lax.rsqrt(var + epsilon)
     y = (x - mean) * (inverse * scale) + bias
     return (y, mean, var), (x, scale, mean, inverse)
@@ -74,7 +70,7 @@ def _backward(epsilon, axis_name, residuals, cotangents):
     dy, count = cotangents[0], math.prod(x.shape[:-1])
     normal = (x - mean) * inverse
     means = _means(dy, dy * normal)
-    offset, slope = _pmean(means, axis_name)
+    offset, slope = mean_over(axis_name, means)
     dx = (inverse * scale) * (dy - offset - normal * slope)
     return dx.astype(x.dtype), count * means[1], count * means[0]
 

@@ -78,7 +78,8 @@ def input_gradient(
 
 
 def _serves(result, geometry: Geometry) -> bool:
-    # Rows, and tiles of at least 64 of a row's places, are counted by a grid's y and z.
+    # Rows, and tiles of at least 64 of a row's places, are counted by a grid's y and z; a batch is
+    # padded by fewer images than ALIGNMENT.
     small = max(result[1], (result[0] + ALIGNMENT) * result[2] // 64) < GRID
     return geometry.groups == 1 and small and selected() == "mosaic"
 

@@ -133,10 +133,7 @@ def gather(
         )(v_gmem, w_gmem)
         if x is not None:
             y = 2 * y[0] - _down(tile, y[1])
-        if hasattr(plgpu, "store"):  # from JAX 0.12 on, where assignments refuse narrow tiles
-            plgpu.store(y_gmem.at[at], y, optimized=False)
-        else:
-            y_gmem[at] = y
+        store(y_gmem.at[at], y)
 
     shape = (grid[0], grid[1] * places, grid[2] * channels)
     return plgpu.kernel(
@@ -146,6 +143,14 @@ def gather(
         grid_names=("row", "places", "channels"),
         interpret=interpret,
     )(v, w, *(() if x is None else (x,)))
+
+
+def store(place, y: jax.Array) -> None:
+    """Writes a tile to `place`, a reference."""
+    if hasattr(plgpu, "store"):  # from JAX 0.12 on, where assignments refuse narrow tiles
+        plgpu.store(place, y, optimized=False)
+    else:
+        place[...] = y
 
 
 def _down(tile: Pair, column: jax.Array) -> jax.Array:

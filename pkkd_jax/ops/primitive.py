@@ -81,6 +81,11 @@ def vary_together(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
+def mean_over(axis_name: str | None, value):
+    """The mean of `value` over the devices of an axis; `value` itself without one."""
+    return value if axis_name is None else lax.pmean(value, axis_name)
+
+
 @functools.cache
 def compiled(primitive: Primitive, parameters: tuple) -> Callable:
     """A primitive bound to its parameters, for calls outside of any program."""
