@@ -151,8 +151,8 @@ class PCNNConv(Conv):
 class BatchNorm(linen.BatchNorm):
     """`flax.linen.BatchNorm` over the last axis, with fewer passes over memory in training.
 
-    `use_fast_variance` is left aside: the variance is as exact as without, and as fast as with it. Of
-    the other fields `momentum`, `epsilon`, `dtype`, `param_dtype`, `axis_name`, `scale_init`,
+    `use_fast_variance` is left aside: the variance is as exact as without, and as fast as with it.
+    Of the other fields `momentum`, `epsilon`, `dtype`, `param_dtype`, `axis_name`, `scale_init`,
     `bias_init` and `use_running_average` count.
     """
 
