@@ -39,6 +39,13 @@ class Outputs:
             object.__setattr__(self, "features", OrderedDict(self.features))
 
 
+def _refused(module: linen.Module, field: str, allowed: str, instead: str = "Conv") -> ValueError:
+    return ValueError(
+        f"{type(module).__name__}: {field}={getattr(module, field)!r}; allowed: {allowed};"
+        f" use flax.linen.{instead} where you need it"
+    )
+
+
 class AdderConv(linen.Module):
     """Adder convolution: `flax.linen.Conv` with `pkkd_jax.ops.adder.adder_conv` as its operation.
 
@@ -82,18 +89,12 @@ class AdderConv(linen.Module):
     def __post_init__(self):
         super().__post_init__()
         if self.input_dilation not in (None, 1, (1, 1), [1, 1]):
-            raise self._refused("input_dilation", "1")
+            raise _refused(self, "input_dilation", "1")
         if self.precision not in (None, "default", lax.Precision.DEFAULT):
-            raise self._refused("precision", "None, since the operation only adds")
+            raise _refused(self, "precision", "None, since the operation only adds")
         for argument in ("mask", "conv_general_dilated", "conv_general_dilated_cls"):
             if getattr(self, argument) is not None:
-                raise self._refused(argument, "None")
-
-    def _refused(self, argument: str, allowed: str) -> ValueError:
-        return ValueError(
-            f"AdderConv: {argument}={getattr(self, argument)!r}; allowed: {allowed};"
-            " use flax.linen.Conv where you need it"
-        )
+                raise _refused(self, argument, "None")
 
     @linen.compact
     def __call__(self, inputs: Array) -> Array:
@@ -101,9 +102,9 @@ class AdderConv(linen.Module):
         size = self.kernel_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         if len(size) != 2 or min(size) < 1:
-            raise self._refused("kernel_size", "a positive int or two, (height, width)")
+            raise _refused(self, "kernel_size", "a positive int or two, (height, width)")
         if self.feature_group_count < 1:
-            raise self._refused("feature_group_count", "1 or more")
+            raise _refused(self, "feature_group_count", "1 or more")
         shape = (*size, inputs.shape[-1] // self.feature_group_count, self.features)
         filters = self.param("filters", self.kernel_init, shape, self.param_dtype)
         bias = None
@@ -151,10 +152,19 @@ class PCNNConv(Conv):
 class BatchNorm(linen.BatchNorm):
     """`flax.linen.BatchNorm` over the last axis, with fewer passes over memory in training.
 
-    `use_fast_variance` is left aside: the variance is as exact as without, and as fast as with it.
-    Of the other fields `momentum`, `epsilon`, `dtype`, `param_dtype`, `axis_name`, `scale_init`,
-    `bias_init` and `use_running_average` count.
+    `use_fast_variance` and `force_float32_reductions` are left aside: the variance is as exact as
+    without the one, and as fast as with it; sums are float32.
+
+    Raises:
+      ValueError: for a field that it cannot honour; the message prints it.
     """
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("axis", "axis_index_groups", "use_bias", "use_scale"):
+            default = type(self).__dataclass_fields__[field].default
+            if getattr(self, field) != default:
+                raise _refused(self, field, repr(default), "BatchNorm")
 
     @linen.compact
     def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:

@@ -94,3 +94,11 @@ def test_the_module_is_that_of_flax(dtype):
             *(np.asarray(y[0], np.float32) for y in (found, wanted)), rtol=tolerance, atol=tolerance
         )
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found[1], wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("axis", 1), ("use_bias", False), ("use_scale", False)]
+)
+def test_a_field_that_it_cannot_honour_is_refused(field, value):
+    with pytest.raises(ValueError, match=f"BatchNorm: {field}={value}; allowed: .*linen.BatchNorm"):
+        nn.BatchNorm(**{field: value})
