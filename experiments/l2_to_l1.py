@@ -39,9 +39,10 @@ class AdderConv(nn.AdderConv):
         if self.is_mutable_collection("batch_stats") and not self.is_initializing():
             updates.value += 1
         filters = self.get_variable("params", "filters")
+        bias = self.get_variable("params", "bias", 0.0)
 
         def mixed(inputs, absolute, filters):
-            return share * absolute + (1 - share) * self._squared(inputs, filters)
+            return share * absolute + (1 - share) * (self._squared(inputs, filters) + bias)
 
         return lax.cond(
             share < 1, mixed, lambda inputs, absolute, filters: absolute, inputs, absolute, filters
@@ -50,7 +51,7 @@ class AdderConv(nn.AdderConv):
     def _squared(self, x: Array, filters: Array) -> Array:
         """-sum (x - w)^2, from ordinary convolutions."""
         if self.feature_group_count > 1:
-            raise self._refused("feature_group_count", "1")
+            raise ValueError(f"feature_group_count={self.feature_group_count}; allowed: 1")
 
         def convolution(x, w):
             fields = (w.shape[:2], self.strides, self.padding, None, self.kernel_dilation)
