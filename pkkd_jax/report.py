@@ -162,7 +162,7 @@ def _pictures(run_dir: Path, run: analysis.Run, stages, images, labels, trust) -
     return parts
 
 
-def _numbers(label: str, network: analysis.Network, which: str, shares, alike) -> list:
+def _numbers(label: str, network: analysis.Network, which: str, shares, linear, alike) -> list:
     filters = analysis.filters(network)
     fits = [analysis.fit(each).better for layer, each in filters.items() if layer != "stem"]
     zeros = list(shares.values())[1:]  # the first layer's are the images
@@ -171,6 +171,7 @@ def _numbers(label: str, network: analysis.Network, which: str, shares, alike) -
         which,
         *(fits.count(kind) for kind in ("laplace", "gauss", "neither")),
         f"{np.mean(zeros):.1%}" if zeros else "",
+        f"{np.mean(list(linear.values())):.3f}" if linear else "",
         *(
             f"{np.mean(list(alike[stage].values())):.3f}"
             if which == "student" and alike.get(stage)
@@ -200,7 +201,7 @@ def write(
     loaded = {label: analysis.load(run_dir, trust=trust) for label, run_dir in labelled.items()}
     if not Path(out).parent.is_dir():  # before minutes are spent
         raise names.UserError(f"--out={out}: its directory is not there; make it or choose another")
-    similarity, zeros, numbers, costs, pictures, counts = {}, {}, [], {}, [], set()
+    similarity, zeros, linear, numbers, costs, pictures, counts = {}, {}, {}, [], {}, [], set()
     for label, run in loaded.items():
         judge = "validation" if run.config["data"].get("validation") else "test"
         seen, classes = analysis.examples(run, images, judge, data_dir, trust)
@@ -211,11 +212,14 @@ def write(
         similarity |= {f"{prefix}{stage}": line for stage, line in alike.items() if line}
         for which, network in run.networks.items():
             zeros[prefix + which] = shares = analysis.zero_shares(network, seen)
-            numbers.append(_numbers(label, network, which, shares, alike))
+            signs = analysis.linear_shares(network, seen)
+            linear |= {prefix + which: signs} if signs else {}
+            numbers.append(_numbers(label, network, which, shares, signs, alike))
         costs.setdefault(_cost(run, seen.shape[1:]), []).append(html.escape(label))
         heading = f"<h3>{html.escape(label)}, step {run.step:,}</h3>"
         pictures += [heading, *_pictures(labelled[label], run, stages, seen, classes, trust)]
     head = ["", "network", "layers nearer Laplace", "nearer Gauss", "neither", "zeros",
+            "explained by signs",
             "CKA with the teacher, raw", "after the kernel", "after rho"]  # fmt: skip
     together = [_table(head, numbers)]
     if similarity:
@@ -223,6 +227,12 @@ def write(
         together.append(_picture(lines, "Similarity of student and teacher, tap by tap."))
     lines = plots.by_layer(zeros, "exactly zero (fraction)", (0, 1))
     together.append(_picture(lines, "Share of exactly zero features that each layer is given."))
+    if linear:
+        lines = plots.by_layer(linear, "squared correlation", (0, 1))
+        text = (
+            "Adder layers' responses, and those of a convolution with the signs of their filters."
+        )
+        together.append(_picture(lines, text))
     curves = plots.learning_curves(labelled if len(labelled) > 1 else {"": run_dirs[0]})
     sections = {
         "Results": [_results(labelled)],

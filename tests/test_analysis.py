@@ -17,7 +17,7 @@ from trainings import MINE, QUICKSTART, command
 from pkkd_jax import analysis, distill, experiment, main, report
 from pkkd_jax.analysis import plots
 from pkkd_jax.names import UserError
-from pkkd_jax.nn import Outputs
+from pkkd_jax.nn import AdderConv, Outputs
 
 
 def rng(seed=0):
@@ -199,6 +199,38 @@ def test_zero_shares_are_of_each_layers_input(run, examples):
         assert 0 < shares[layer] < 1
     # Behind a ReLU, which no tap shows.
     assert 0 < shares["stage1_block1/conv2"] < 1
+
+
+class OneAdder(linen.Module):
+    """An adder layer with every field that its responses depend on, and a classifier."""
+
+    @linen.compact
+    def __call__(self, x, *, train):
+        del train
+        x = AdderConv(6, (3, 2), (2, 1), [(1, 0), 2], 1, (1, 2), 2, name="adder")(x)
+        return Outputs(linen.Dense(3, name="classifier")(x.mean((1, 2))), {})
+
+
+def test_linear_shares_are_correlations_with_a_convolution_by_signs():
+    images = rng().normal(size=(3, 7, 6, 4)).astype(np.float32)
+    model = OneAdder()
+    variables = model.init(jax.random.key(0), images, train=False)
+    shares = analysis.linear_shares(analysis.Network(model, variables), images)
+    w = np.float64(variables["params"]["adder"]["filters"])
+    padded = np.pad(np.float64(images), ((0, 0), (1, 0), (2, 2), (0, 0)))
+    adder, linear = np.empty((2, 3, 3, 8, 6))
+    for n, i, j, o in np.ndindex(adder.shape):
+        group = slice(0, 2) if o < 3 else slice(2, 4)
+        patch = padded[n, 2 * i : 2 * i + 3, j : j + 3 : 2, group]
+        adder[n, i, j, o] = -np.abs(patch - w[..., o]).sum()
+        linear[n, i, j, o] = (patch * np.sign(w[..., o])).sum()
+    rows = [(adder[..., o].ravel(), linear[..., o].ravel()) for o in range(6)]
+    expected = np.mean([np.corrcoef(*pair)[0, 1] ** 2 for pair in rows])
+    assert shares == {"adder": pytest.approx(expected, rel=1e-4)}
+    # Filters that no input reaches make a linear layer.
+    variables["params"]["adder"]["filters"] = 9 * np.sign(w)
+    shares = analysis.linear_shares(analysis.Network(model, variables), images)
+    assert shares == {"adder": pytest.approx(1, abs=1e-4)}
 
 
 def test_sigma_history_is_what_the_training_logged(run_dir, run):

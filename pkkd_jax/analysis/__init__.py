@@ -12,6 +12,7 @@ from pkkd_jax.analysis import plots
 from pkkd_jax.analysis.events import write as write_events
 from pkkd_jax.analysis.features import (
     along,
+    linear_shares,
     penultimate,
     responses,
     sigma_history,
@@ -45,6 +46,7 @@ __all__ = [
     "fit",
     "linear_cka",
     "linear_gram",
+    "linear_shares",
     "load",
     "normalised",
     "of_state",

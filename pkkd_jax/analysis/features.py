@@ -1,9 +1,11 @@
 """What networks answer to images, stage by stage, and how alike two of them are."""
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen, traverse_util
 
@@ -11,7 +13,7 @@ from pkkd_jax import checkpoint, distill, metrics, names, runs
 from pkkd_jax.analysis.run import Network, Run, load
 from pkkd_jax.analysis.similarity import cka, embedding, linear_cka
 from pkkd_jax.distill.taps import pair_taps, select_taps
-from pkkd_jax.nn import Outputs
+from pkkd_jax.nn import AdderConv, Conv, Outputs
 
 
 def responses(run: Run, images: np.ndarray) -> dict[str, dict[str, dict[str, np.ndarray]]]:
@@ -127,22 +129,63 @@ def zero_shares(network: Network, images: np.ndarray) -> dict[str, float]:
     Returns:
       Layer (its path in the parameters, with "/") -> fraction; the first layer's are the images.
     """
+    return _by_layer(network, images, lambda module, given, response: (given == 0).mean())
+
+
+def linear_shares(network: Network, images: np.ndarray) -> dict[str, float]:
+    """How far each adder layer is a convolution with the signs of its filters.
+
+    Where a filter's value is further from zero than the input, |x - w| = |w| - sign(w) x: a layer
+    of such filters adds and subtracts its inputs, as a network with binary weights does.
+
+    Args:
+      network: any, a user's own too.
+      images: float32 `[n, height, width, channels]`, normalised.
+    Returns:
+      Layer (its path in the parameters, with "/") -> squared correlation of its responses, over
+      images and places, with those of the convolution; mean over the filters. `{}` for a network
+      without `pkkd_jax.nn.AdderConv`.
+    """
+
+    def measure(module, given, response):
+        if not isinstance(module, AdderConv):
+            return None
+        signs = jnp.sign(module.get_variable("params", "filters"))
+        fields = ("strides", "padding", "kernel_dilation", "feature_group_count")
+        same = {field: getattr(module, field) for field in fields}
+        convolution = Conv(module.features, signs.shape[:2], use_bias=False, parent=None, **same)
+        linear = convolution.apply({"params": {"kernel": signs}}, given)
+        a, b = (z.reshape(-1, z.shape[-1]) for z in (response, linear))
+        a, b = a - a.mean(0), b - b.mean(0)
+        return jnp.nanmean((a * b).sum(0) ** 2 / ((a * a).sum(0) * (b * b).sum(0)))
+
+    return _by_layer(network, images, measure)
+
+
+def _by_layer(
+    network: Network, images: np.ndarray, measure: Callable[..., jax.Array | None]
+) -> dict[str, float]:
+    """What `measure(module, given, response)` says of the layers with filters, in forward order.
+
+    Layers of which it says None are left out; of one that is called several times it is the mean.
+    """
     order: dict[str, None] = {}
 
     def note(next_function, args, kwargs, context):
         result, module = next_function(*args, **kwargs), context.module
         own = module.variables.get("params", {}) if context.method_name == "__call__" else {}
         if {"filters", "kernel"} & set(own):
-            given = next(iter((*args, *kwargs.values())))
-            module.sow("zeros", "share", (given == 0).mean())
-            order["/".join(module.path)] = None
+            value = measure(module, next(iter((*args, *kwargs.values()))), result)
+            if value is not None:
+                module.sow("measured", "value", value)
+                order["/".join(module.path)] = None
         return result
 
     with linen.intercept_methods(note):
-        sown = network.apply(images, ["zeros"])[1].get("zeros", {})
+        sown = network.apply(images, ["measured"])[1].get("measured", {})
     flat = traverse_util.flatten_dict(sown, sep="/")
-    shares = {path.removesuffix("/share"): np.mean(share) for path, share in flat.items()}
-    return {layer: float(shares[layer]) for layer in order if layer in shares}
+    values = {path.removesuffix("/value"): np.mean(value) for path, value in flat.items()}
+    return {layer: float(values[layer]) for layer in order if layer in values}
 
 
 def sigma_history(run_dir: str | Path) -> dict[str, dict[str, np.ndarray]]:
