@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from pkkd_jax.ops import adder, cpu, gpu
 from pkkd_jax.ops.adder import adder_conv
+from pkkd_jax.ops.batch_norm import batch_norm
 
 
 def reference(x, w, dy, strides, padding, dilation, groups, input_gradient="hardtanh"):
@@ -170,6 +171,25 @@ def test_vjp_is_not_the_derivative_of_the_forward():
     derivative = jax.grad(lambda x, w: plain(x, w).sum(), (0, 1))(x, w)
     for ours, theirs in zip(surrogate, derivative, strict=True):
         assert np.abs(ours - theirs).max() > 0.1
+
+
+def test_before_batch_norm_filters_learn_by_the_gradient_of_a_convolution():
+    # BatchNorm's gradient sums to zero over images and places, and with it the part -w sum(dy).
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, w = jax.random.normal(keys[0], (4, 7, 6, 3)), jax.random.normal(keys[1], (3, 3, 3, 5))
+    weights = jax.random.normal(keys[2], (4, 4, 3, 5))
+
+    def above(y):
+        z = batch_norm(y, jnp.arange(1.0, 6), jnp.zeros(5), 1e-5)[0]
+        return (weights * jnp.tanh(z)).sum()
+
+    learned = jax.grad(lambda w: above(adder_conv(x, w, strides=2)))(w)
+    dy = jax.grad(above)(adder_conv(x, w, strides=2))
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    of_w = jax.vjp(
+        lambda w: lax.conv_general_dilated(x, w, (2, 2), "SAME", dimension_numbers=dimensions), w
+    )[1]
+    np.testing.assert_allclose(learned, of_w(dy)[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_padded_place_adds_minus_abs_w():
