@@ -229,9 +229,7 @@ def write(
     together.append(_picture(lines, "Share of exactly zero features that each layer is given."))
     if linear:
         lines = plots.by_layer(linear, "squared correlation", (0, 1))
-        text = (
-            "Adder layers' responses, and those of a convolution with the signs of their filters."
-        )
+        text = "Responses of adder layers: share that their filters' signs alone explain."
         together.append(_picture(lines, text))
     curves = plots.learning_curves(labelled if len(labelled) > 1 else {"": run_dirs[0]})
     sections = {

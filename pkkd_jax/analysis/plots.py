@@ -34,6 +34,14 @@ def _figure(rows: int, columns: int, width: float, height: float, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def _legend_below(figure, axes):
+    """The legend of `axes` below all axes, where labels may be many and long."""
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.set_figheight(figure.get_figheight() + 0.2 * len(handles))
+        figure.legend(handles, labels, loc="outside lower center", fontsize="small")
+
+
 def learning_curves(run_dirs: Mapping[str, str | Path]):
     """Cross-entropy and accuracy by step.
 
@@ -66,8 +74,7 @@ def learning_curves(run_dirs: Mapping[str, str | Path]):
     for axes, label in ((loss, "cross-entropy (nats)"), (accuracy, "accuracy (fraction)")):
         axes.set(xlabel="step", ylabel=label)
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend(fontsize="small")
+    _legend_below(figure, loss)
     return figure
 
 
@@ -88,7 +95,7 @@ def by_layer(lines: Mapping[str, Mapping[str, float]], quantity: str, limits=Non
     axes.set_xticks(range(len(layers)), layers, rotation=90, fontsize="small")
     axes.set(ylabel=quantity, ylim=limits)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    _legend_below(figure, axes)
     return figure
 
 
