@@ -6,9 +6,9 @@
 
 Ten epochs, `--config.epochs=10 --config.batch_size=128`, give 80.8% (one run), in under four
 minutes an epoch on two cores with AVX-512. On so short a schedule a teacher trained before is
-better, and the kernel is not needed: 81.9% (one run), by the two commands in README, which has one of
-three epochs too. Alone (`:distill=none`), six epochs are best with the largest of six values of
-`config.optim.adder_eta` that were tried, 0.05 to 1.6.
+better, and the kernel is not needed: 81.9% (one run), by the two commands in README, which has
+one of three epochs, too. Alone (`:distill=none`), six epochs are best with the largest of six
+values of `config.optim.adder_eta` that were tried, 0.05 to 1.6.
 
 Thirty epochs give 85.0% (two runs), no more than the adder network alone (85.1%), and less than
 `:distill=kd` (86.0%, one run).

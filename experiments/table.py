@@ -167,11 +167,12 @@ def training_accuracy(rows: list[dict], steps: Iterable[int]) -> list[float]:
 
 
 def collect(table: dict, cells: Cells, seeds: int) -> dict[tuple[str, str], list[dict]]:
-    """Finished cells by row and column."""
+    """Finished cells by row and column; none of a row that is only published."""
     found = {}
     for name, row in table["rows"].items():
+        count = 0 if row["published_only"] else seeds
         for column in table["columns"]:
-            each = [read(cells.directory(table, row, column, seed)) for seed in range(seeds)]
+            each = [read(cells.directory(table, row, column, seed)) for seed in range(count)]
             found[name, column] = [cell for cell in each if cell]
     return found
 
