@@ -28,8 +28,8 @@ from pkkd_jax import metrics, runs, train
 from pkkd_jax.names import UserError, unknown
 
 HERE = Path(__file__).parent
-DEFAULTS = {"columns": ["cifar10"], "config": "resnet20"}
-ROW = {"argument": "", "set": {}, "teacher": "", "published_only": False}
+DEFAULTS = {"columns": ["cifar10"], "config": "resnet20", "set": {}, "teacher": ""}
+ROW = {"argument": "", "published_only": False}
 
 
 def load(name: str) -> dict:
@@ -42,10 +42,12 @@ def load(name: str) -> dict:
     if name not in tables:
         raise unknown("table", name, tables)
     table = {**DEFAULTS, **tables[name]}
-    shared = {"config": table["config"], "set": table.get("set", {})}
+    shared = {key: table[key] for key in ("config", "set", "teacher")}
     rows: dict[str, dict] = {}
     for row in table["rows"]:
         found = {**ROW, **shared, **row, "set": {**shared["set"], **row.get("set", {})}}
+        if row["name"] == table["teacher"]:
+            found["teacher"] = row.get("teacher", "")
         if found["teacher"] and found["teacher"] not in rows:
             raise unknown(f"teacher of row {row['name']!r},", found["teacher"], rows)
         rows[row["name"]] = found
