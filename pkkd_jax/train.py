@@ -225,8 +225,9 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
         steps = checkpoints.steps() if checkpoints else []
         kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "no checkpoint yet"
         raise UserError(
-            f"{text}; {kept}; lower config.optim.learning_rate and start in another --workdir, or"
-            f" leave out such updates by config.skip_not_finite (now {limit})"
+            f"{text}; {kept}; lower config.optim.learning_rate or a weight in config.distill and"
+            " start in another --workdir, or leave out such updates by config.skip_not_finite (now"
+            f" {limit})"
         )
 
     def log():
