@@ -1,6 +1,8 @@
 """Where results come from: versions, commit and device."""
 
 import os
+import platform
+import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +31,15 @@ def version() -> str:
         return found
 
 
+def processor() -> str:
+    """What the operating system calls the processor, or else its architecture."""
+    try:
+        named = re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # it is Linux' alone
+        named = None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
 def origin() -> dict:
     """What `results.json` says of where the last start of a training was made."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
@@ -36,7 +47,7 @@ def origin() -> dict:
     if jax.default_backend() == "cpu":
         # Of those that the machine has, a process may be held to some.
         own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        device += f", {own} core{'s' * (own != 1)}"
+        device += f" ({processor()}), {own} core{'s' * (own != 1)}"
     return {
         "versions": {**versions, "pkkd_jax": version()},
         "device": f"{device}, adder op: {adder.implementation()}",

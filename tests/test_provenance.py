@@ -1,6 +1,7 @@
 """Where results come from."""
 
 import os
+import platform
 import re
 import subprocess
 from importlib import metadata
@@ -29,12 +30,19 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
 @pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity"), reason="processes cannot be held to cores"
 )
-def test_the_device_says_how_many_cores_were_used():
+def test_the_device_says_which_processor_and_how_many_cores_were_used():
+    cpus = f"4 cpu ({provenance.processor()})"
     all_cores = os.sched_getaffinity(0)
     try:
         os.sched_setaffinity(0, {min(all_cores)})
-        assert provenance.origin()["device"].startswith("4 cpu, 1 core, adder op")
+        assert provenance.origin()["device"].startswith(f"{cpus}, 1 core, adder op")
     finally:
         os.sched_setaffinity(0, all_cores)
-    cores = f"{len(all_cores)} core"
-    assert provenance.origin()["device"].startswith(f"4 cpu, {cores}")
+    assert provenance.origin()["device"].startswith(f"{cpus}, {len(all_cores)} core")
+
+
+def test_a_processor_without_a_name_has_its_architecture(monkeypatch):
+    assert provenance.processor()
+    monkeypatch.setattr(provenance.Path, "read_text", lambda path: "processor : 0\n")
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    assert provenance.processor() == platform.machine()

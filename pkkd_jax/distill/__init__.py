@@ -51,6 +51,17 @@ def rows(features: jax.Array, axis_name: str | None) -> jax.Array:
 
 # What stands beside a loss's own keywords in `config.distill`.
 WEIGHT = {"weight": 1.0, "weight_schedule": "constant", "final_weight": 0.0}
+# Default weights that are not 1: the best of some decades beside a fixed teacher, of which
+# experiments/ABLATIONS.md has all.
+WEIGHTS = {
+    "fitnets": 10.0,
+    "attention_transfer": 10.0,
+    "similarity_preserving": 3000.0,
+    "fsp": 0.001,
+    "relational": 0.1,
+    "pkt": 100.0,
+    "correlation_congruence": 10.0,
+}
 
 
 def schedule(
