@@ -60,7 +60,7 @@ WEIGHTS = {
     "fsp": 0.001,
     "relational": 0.1,
     "pkt": 100.0,
-    "correlation_congruence": 10.0,
+    "correlation_congruence": 100.0,
 }
 
 
