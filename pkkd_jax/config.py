@@ -84,7 +84,7 @@ def losses(methods: str) -> dict[str, Any]:
             place = place.setdefault(key, {})
         place[last] = {
             **distill.WEIGHT,
-            "weight": distill.WEIGHTS.get(each, 1.0),
+            "weight": distill.DEFAULT_WEIGHTS.get(each, 1.0),
             **_defaults(names.resolve("pkkd_jax.distill", each, "loss")),
         }
     return found

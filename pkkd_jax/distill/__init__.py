@@ -51,9 +51,9 @@ def rows(features: jax.Array, axis_name: str | None) -> jax.Array:
 
 # What stands beside a loss's own keywords in `config.distill`.
 WEIGHT = {"weight": 1.0, "weight_schedule": "constant", "final_weight": 0.0}
-# Default weights that are not 1: the best of some decades beside a fixed teacher, of which
+# Those that are not 1: the best of some decades beside a fixed teacher, of which
 # experiments/ABLATIONS.md has all.
-WEIGHTS = {
+DEFAULT_WEIGHTS = {
     "fitnets": 10.0,
     "attention_transfer": 10.0,
     "similarity_preserving": 3000.0,
