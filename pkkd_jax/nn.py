@@ -135,17 +135,20 @@ class BinaryConv(Conv):
     """`flax.linen.Conv` with `pkkd_jax.ops.binary.binary_conv`: signs of inputs and filters.
 
     The sign is the nonlinearity: networks of the package leave ReLU out, of which it would see
-    nothing but 1.
+    nothing but 1. The kernel starts from N(0, 0.01^2): only signs count, and a step turns the more
+    of them the smaller it is. (XNOR-Net's published code multiplies its gradient instead.)
     """
 
     conv_general_dilated: Callable | None = binary.binary_conv
+    kernel_init: Callable = linen.initializers.normal(stddev=0.01)
     activation = staticmethod(lambda x: x)
 
 
 class PCNNConv(Conv):
-    """`flax.linen.Conv` with `pkkd_jax.ops.binary.ProjectionConv`, and without ReLU likewise."""
+    """`flax.linen.Conv` with `pkkd_jax.ops.binary.ProjectionConv`; else like `BinaryConv`."""
 
     conv_general_dilated_cls: Any = binary.ProjectionConv
+    kernel_init: Callable = linen.initializers.normal(stddev=0.01)
     activation = staticmethod(lambda x: x)
 
 
