@@ -17,6 +17,9 @@ def fitnets(taps: str = "stage_outputs") -> Distiller:
     The paper trains up to the hint first and everything after; here both losses act together, as
     its successors compare it.
 
+    It grows with the square of the teacher's features, which weight decay makes smaller along a
+    training: a weight is good beside teachers that were trained as long.
+
     Args:
       taps: see `pkkd_jax.distill.taps.pair_taps`; height and width of a pair must agree.
     Returns:

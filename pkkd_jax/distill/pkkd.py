@@ -110,7 +110,8 @@ def pkkd(
       learn_sigma_teacher: whether sigma_c learns.
       learn_rho_student: whether rho_a has its 1x1 convolution.
       learn_rho_teacher: whether rho_c has one.
-      batch_norm: whether rho normalises.
+      batch_norm: whether rho normalises. With the kernel nothing else brings the two networks to
+        one scale, and a sigma's gradient soon is not finite without.
       max_exponent: bound on the kernels' exponents, which saturate there.
     Returns:
       A `Distiller` with parameters `{"sigma": ..., "rho": ...}`. Its metrics are `loss_mid`, and
