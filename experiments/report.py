@@ -55,6 +55,7 @@ def markdown(table: dict, found: dict, command: str) -> str:
             figures = published(table["name"], row, column)
             for _, source in figures:
                 sources.setdefault(source, len(sources) + 1)
+            rates = [c["images_per_s"] for c in cells]
             values = [
                 row,
                 ("yes" if cells[0]["kd"] else "no") if cells else "",
@@ -64,7 +65,7 @@ def markdown(table: dict, found: dict, command: str) -> str:
                 _spread([c["teacher"] for c in cells]),
                 ", ".join(f"{value:.2f} [{sources[source]}]" for value, source in figures),
                 str(len(cells)),
-                _spread([c["images_per_s"] for c in cells], 0),
+                _spread(rates, 0) if len({c["device"] for c in cells}) == 1 else "",
             ]
             lines.append(f"| {' | '.join(values)} |")
         lines.append("")
@@ -74,7 +75,8 @@ def markdown(table: dict, found: dict, command: str) -> str:
         judges = sorted({f"{cell['judge']} images" for cell in every})
         text += [
             f"Accuracy of the student on {' or '.join(judges)}, BatchNorm's statistics recalibrated"
-            " (as trained: not); mean ± standard deviation over runs.",
+            " (as trained: not); mean ± standard deviation over runs. Images a second where all"
+            " runs of a row were made on one device.",
             "",
             _all("versions", (" ".join(map(" ".join, c["versions"].items())) for c in every)),
             _all("device", (cell["device"] for cell in every)),

@@ -127,6 +127,15 @@ def test_means_and_deviations_stand_beside_what_was_published():
     )
 
 
+def test_no_mean_speed_of_different_devices_is_shown():
+    found = table.load("main1")
+    cells = {(row, column): [] for row in found["rows"] for column in found["columns"]}
+    cells["ResNet-20, PKKD", "cifar10"] = [cell(), cell(device="1 gpu", images_per_s=900.0)]
+    lines = report.markdown(found, cells, "command").splitlines()
+    row = next(line for line in lines if line.startswith("| ResNet-20, PKKD"))
+    assert row.endswith(" | 2 |  |")
+
+
 def test_sources_that_differ_both_stand(monkeypatch):
     both = [(92.0, "adder_readme"), (93.0, "later")]
     monkeypatch.setattr(report, "published", lambda *_: both)
