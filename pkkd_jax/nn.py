@@ -144,12 +144,10 @@ class BinaryConv(Conv):
     activation = staticmethod(lambda x: x)
 
 
-class PCNNConv(Conv):
-    """`flax.linen.Conv` with `pkkd_jax.ops.binary.ProjectionConv`; else like `BinaryConv`."""
+class PCNNConv(BinaryConv):
+    """`BinaryConv` with `pkkd_jax.ops.binary.ProjectionConv` as its operation."""
 
     conv_general_dilated_cls: Any = binary.ProjectionConv
-    kernel_init: Callable = linen.initializers.normal(stddev=0.01)
-    activation = staticmethod(lambda x: x)
 
 
 class BatchNorm(linen.BatchNorm):
