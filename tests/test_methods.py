@@ -292,12 +292,16 @@ def test_a_weight_follows_its_schedule():
         "kd": {"weight": 2.0},
         "pkt": {"weight": 0.0, "weight_schedule": "linear", "final_weight": 4.0},
         "fsp": {"weight": 3.0, "weight_schedule": "cosine", "final_weight": 1.0},
+        "fitnets": {"weight": 10.0, "weight_schedule": "exponential", "final_weight": 0.1},
     }
     found = {name: weight for name, (weight, _) in distill.build(losses, 100).items()}
     steps = (0, 50, 100)
     assert found["kd"] == 2.0
     np.testing.assert_allclose([found["pkt"](step) for step in steps], [0, 2, 4])
     np.testing.assert_allclose([found["fsp"](step) for step in steps], [3, 2, 1], rtol=1e-6)
+    np.testing.assert_allclose([found["fitnets"](step) for step in steps], [10, 1, 0.1], rtol=1e-6)
+    with pytest.raises(UserError, match=r"final_weight=0.0 with .*'exponential'.* above 0"):
+        distill.build({"kd": {"weight": 1.0, "weight_schedule": "exponential"}}, 100)
     with pytest.raises(UserError, match=r"final_weight=2.0 with weight_schedule='constant'"):
         distill.build({"kd": {"weight": 1.0, "final_weight": 2.0}}, 100)
     with pytest.raises(UserError, match="'cosin': did you mean 'cosine'"):

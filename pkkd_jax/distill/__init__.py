@@ -75,26 +75,35 @@ def schedule(
     Args:
       total_steps: of the training.
       weight: at the start.
-      weight_schedule: "constant", or "linear" or "cosine" from `weight` to `final_weight`.
-      final_weight: at the end of those two.
+      weight_schedule: "constant", or "linear", "cosine" or "exponential" (as many steps for each
+        decade) from `weight` to `final_weight`.
+      final_weight: at the end of those three.
     Raises:
-      UserError: for an unknown schedule, the message has the nearest right one; or for a final
-        weight that a constant does not reach.
+      UserError: for an unknown schedule, the message has the nearest right one; for a final weight
+        that a constant does not reach; or for an exponential from or to 0.
     """
-    progress = {
-        "constant": None,
-        "linear": optax.linear_schedule(0.0, 1.0, total_steps),
-        "cosine": lambda step: 1 - optax.cosine_decay_schedule(1.0, total_steps)(step),
+    decays = {  # from 1 to 0
+        "linear": optax.linear_schedule(1.0, 0.0, total_steps),
+        "cosine": optax.cosine_decay_schedule(1.0, total_steps),
     }
-    if weight_schedule not in progress:
-        raise names.unknown("weight_schedule", weight_schedule, progress)
-    if weight_schedule == "constant":
-        if final_weight:
+    if weight_schedule in decays:
+        return lambda step: final_weight + (weight - final_weight) * decays[weight_schedule](step)
+    if weight_schedule == "exponential":
+        if not (weight > 0 and final_weight > 0):
             raise names.UserError(
-                f"{final_weight=} with weight_schedule='constant': choose 'linear' or 'cosine'"
+                f"{weight=} and {final_weight=} with weight_schedule='exponential': both must be"
+                " above 0, for example 10.0 and 0.1"
             )
-        return weight
-    return lambda step: weight + (final_weight - weight) * progress[weight_schedule](step)
+        return optax.exponential_decay(weight, total_steps, final_weight / weight)
+    if weight_schedule != "constant":
+        known = ("constant", *decays, "exponential")
+        raise names.unknown("weight_schedule", weight_schedule, known)
+    if final_weight:
+        raise names.UserError(
+            f"{final_weight=} with weight_schedule='constant': choose 'linear', 'cosine' or"
+            " 'exponential'"
+        )
+    return weight
 
 
 def build(
