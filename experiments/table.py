@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tomllib
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from pkkd_jax.names import UserError, unknown
 HERE = Path(__file__).parent
 DEFAULTS = {"columns": ["cifar10"], "config": "resnet20", "set": {}, "teacher": ""}
 ROW = {"argument": "", "published_only": False}
+LONGEST = 255  # bytes that a directory's name may have
 
 
 def load(name: str) -> dict:
@@ -84,12 +86,10 @@ class Cells:
         if row["teacher"]:
             teacher = self.directory(table, table["rows"][row["teacher"]], column, seed)
             parts.append(f"from-{teacher.parent.name}")
-        return (
-            self.out
-            / _slug(f"{column}-{self.schedule}")
-            / _slug("-".join(filter(None, parts)))
-            / f"seed{seed}"
-        )
+        name = _slug("-".join(filter(None, parts)))
+        if len(name) > LONGEST:
+            name = f"{name[: LONGEST - 9]}-{zlib.crc32(name.encode()):08x}"
+        return self.out / _slug(f"{column}-{self.schedule}") / name / f"seed{seed}"
 
     def command(self, table: dict, row: dict, column: str, seed: int) -> list[str]:
         """The command that makes it."""

@@ -68,6 +68,16 @@ def test_a_row_with_a_teacher_takes_it_from_that_rows_run(tmp_path):
     assert (config.teacher.mode, config.teacher.which) == ("fixed", "student")
 
 
+def test_every_cell_has_a_name_of_its_own_that_a_file_system_takes(tmp_path):
+    cells = table.Cells(tmp_path, ["--config.batch_size=128"], 6, "")
+    for name in tomllib.loads((report.HERE / "tables.toml").read_text()):
+        found = table.load(name)
+        rows = [row for row in found["rows"].values() if not row["published_only"]]
+        places = [cells.directory(found, row, "cifar10", 0).parent.name for row in rows]
+        assert len(set(places)) == len(places)
+        assert max(map(len, places)) <= 255
+
+
 def test_a_finished_table_runs_nothing_again(tmp_path, monkeypatch, capsys):
     arguments = ["quick", "--rows=ANN;KD", f"--out={tmp_path}", *SHORT]
     assert table.main(arguments) == 0
