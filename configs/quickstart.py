@@ -11,7 +11,7 @@ from pkkd_jax import config as config_lib
 
 def get_config(arg=None):
     config = config_lib.base()
-    config.data = dict(name="digits", data_dir="", validation=0, augmentation="none")
+    config.data = dict(name="digits", augmentation="none")
     config.student.depth = 8
     config.teacher.depth = 8
     config.batch_size = 64

@@ -12,7 +12,7 @@ from pkkd_jax import config as config_lib
 
 def get_config(arg=None):
     config = config_lib.base()
-    config.data = dict(name="imagenet2012", data_dir="", validation=0, image_size=224)
+    config.data = dict(name="imagenet2012", image_size=224)
     for network in (config.student, config.teacher):
         network.name = "resnet_imagenet"
         network.depth = 50

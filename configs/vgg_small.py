@@ -13,7 +13,5 @@ from pkkd_jax import config as config_lib
 def get_config(arg=None):
     config = config_lib.base()
     config.student = dict(name="vgg_small", conv="adder", dropout=0.0)
-    config.teacher = dict(
-        mode="progressive", run_dir="", which="teacher", name="vgg_small", conv="conv", dropout=0.0
-    )
+    config.teacher = dict(name="vgg_small", conv="conv", dropout=0.0)
     return config_lib.with_argument(config, arg)

@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             for layer, each in [*found.items(), ("mean", mean)]:
                 print(f"| {layer} | {' | '.join(f'{each[name]:.3f}' for name in names)} |")
             print()
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

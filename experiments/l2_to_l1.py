@@ -16,14 +16,14 @@ from pkkd_jax import nn
 class AdderConv(nn.AdderConv):
     """`pkkd_jax.nn.AdderConv` whose response goes from the l2 to the l1 distance in training.
 
-        y = -sum t |x - w| + (1 - t) (x - w)^2,   t = min(1, updates / steps)
+        y = -sum t |x - w| + (1 - t) (x - w)^2,   t = min(1, passes / steps)
 
     Later work raises the absolute value to a power that falls from 2 to 1, which costs a power a
-    term; the mixture has the same ends, and costs one convolution more until t is 1. The updates
-    are counted beside BatchNorm's statistics.
+    term; the mixture has the same ends, and costs one convolution more until t is 1. The passes
+    forward in training, one for each micro-batch, are counted beside BatchNorm's statistics.
 
     Attributes:
-      steps: updates after which the layer is an ordinary adder.
+      steps: passes after which the layer is an ordinary adder.
     References:
       After Chen et al., Universal Adder Neural Networks, arXiv 2105.14202, 2021.
     """
@@ -34,10 +34,10 @@ class AdderConv(nn.AdderConv):
     def __call__(self, inputs: Array) -> Array:
         """Maps `[*batch, height, width, c_in]` to `[*batch, height', width', features]`."""
         absolute = super().__call__(inputs)
-        updates = self.variable("batch_stats", "updates", jnp.zeros, ())
-        share = jnp.minimum(1, updates.value / self.steps).astype(absolute.dtype)
+        passes = self.variable("batch_stats", "passes", jnp.zeros, ())
+        share = jnp.minimum(1, passes.value / self.steps).astype(absolute.dtype)
         if self.is_mutable_collection("batch_stats") and not self.is_initializing():
-            updates.value += 1
+            passes.value += 1
         filters = self.get_variable("params", "filters")
         bias = self.get_variable("params", "bias", 0.0)
 

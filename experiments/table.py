@@ -25,7 +25,7 @@ import numpy as np
 from experiments import report
 from pkkd_jax import config as config_lib
 from pkkd_jax import main as training
-from pkkd_jax import metrics, runs, train
+from pkkd_jax import metrics, runs, workdirs
 from pkkd_jax.names import UserError, unknown
 
 HERE = Path(__file__).parent
@@ -190,7 +190,8 @@ def finished(cells: Cells, table: dict, row: dict, column: str, seed: int) -> bo
         return False
     wanted = config_lib.to_json(training.parse(cells.command(table, row, column, seed)[2:])[0])
     theirs = runs.read_config(run_dir)
-    train.check_run(run_dir, {**wanted, "num_classes": theirs["num_classes"]})
+    of_data = {key: theirs[key] for key in ("num_classes", "examples")}
+    workdirs.require_same_run(run_dir, wanted | of_data)
     return True
 
 
@@ -268,6 +269,8 @@ def make(table: dict, wanted: list[str], given, leaves: list[str], command: str)
                     continue
                 print(f"\n{table['name']}: {name}, {column}, seed {seed}", flush=True)
                 status = run(cells.command(table, row, column, seed))
+                if -status in (signal.SIGINT, signal.SIGTERM):
+                    status = 128 - status  # it came before the training obeys signals
                 if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
                     print("stopped; the same command goes on from there", file=sys.stderr)
                     return status

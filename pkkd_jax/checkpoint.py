@@ -300,7 +300,7 @@ def load_network(run_dir: str | Path, which: str = "student", step: str | int = 
     Args:
       run_dir: a directory that a training wrote.
       which: "student" or "teacher".
-      step: "last", "best" (by test accuracy of the student) or a saved step.
+      step: "last", "best" (by the student's accuracy on unseen images) or a saved step.
       model: the Linen module; built from the run's configuration if None, which is refused for
         modules from outside the package: a run directory does not choose what is imported.
     Returns:
@@ -333,7 +333,7 @@ def load_parts(run_dir: str | Path, step: str | int = "last") -> tuple[int, dict
 
     Args:
       run_dir: a directory that a training wrote.
-      step: "last", "best" (by test accuracy of the student) or a saved step.
+      step: "last", "best" (by the student's accuracy on unseen images) or a saved step.
     Returns:
       The step, and "student", "teacher" and "distiller" to nested dicts of NumPy arrays, of which
       those under "params" are parameters and those under "batch_stats" BatchNorm's statistics.
@@ -361,7 +361,7 @@ def load_state(run_dir: str | Path, template: DistillState, step: str | int = "l
     Args:
       run_dir: a directory that a training wrote.
       template: a state of the same configuration, as `update.init_state` makes it.
-      step: "last", "best" (by test accuracy of the student) or a saved step.
+      step: "last", "best" (by the student's accuracy on unseen images) or a saved step.
     Raises:
       UserError: if there is no such step, or it is of another architecture.
     """

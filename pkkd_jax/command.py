@@ -9,6 +9,7 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from pkkd_jax import config as config_lib
 from pkkd_jax import names
 
 
@@ -63,10 +64,17 @@ def _load(path: str, argument: str):
         found = (str(file) for folder in folders for file in folder.glob("*.py"))
         raise names.unknown("config file", path, found)
     try:
-        return runpy.run_path(path)["get_config"](argument or None)
+        config = runpy.run_path(path)["get_config"](argument or None)
+        if not isinstance(config, ConfigDict):
+            raise TypeError(f"get_config returned {type(config).__name__}, not a ConfigDict")
+        return config
     except names.UserError:
         raise
     except Exception as error:
+        missing = re.search(r'Key "([^"]+)" does not exist', str(error))
+        if missing:  # in the locked configuration that `config.base` returns
+            leaves = _leaves(config_lib.base().to_dict())
+            raise names.unknown(f"leaf of config file {path!r},", missing[1], leaves) from error
         text = " ".join(str(error).split())
         raise names.UserError(
             f"config file {path!r} cannot be read: {type(error).__name__}: {text}; it must define"

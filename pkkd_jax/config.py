@@ -59,7 +59,7 @@ def base() -> ConfigDict:
     config.skip_not_finite = 0  # updates that may be left out since the start of the program
     config.watchdog_s = 1800.0  # without a step, after which the program ends; 0: never
     config.compilation_cache_dir = ""  # where compiled programs are kept for the next start
-    return config
+    return config.lock()  # whole dicts can still be replaced
 
 
 def _defaults(function: Callable) -> dict[str, Any]:
@@ -90,8 +90,19 @@ def losses(methods: str) -> dict[str, Any]:
     return found
 
 
+# Leaves that stay, or are added, whatever else a part of the configuration has.
+COMMON = {
+    "data": ("data_dir", "validation"),
+    "eval": ("every_epochs", "recalibrate_batches", "gradient_shares", "pictures"),
+    "optim": tuple(inspect.signature(optim.build).parameters),
+    "teacher": ("mode", "run_dir", "which"),
+}
+
+
 def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
     """Applies what stands after the colon of `--config=FILE:key=value,key=value`, and locks.
+
+    What `data`, `eval`, `optim` and `teacher` have always is added where a file left it out.
 
     Args:
       config: a configuration.
@@ -116,16 +127,20 @@ def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
         elif key == "data":
             leaves = _defaults(names.resolve("pkkd_jax.data.sources", value, "data set"))
             leaves.pop("split", None)
-            old = {k: v for k, v in config.data.items() if k in ("data_dir", "validation")}
+            old = {k: v for k, v in config.data.items() if k in COMMON["data"]}
             config.data = {**leaves, **old, "name": value}
         else:
             if key == "optim":
-                function, kept = optim.optimiser(value), inspect.signature(optim.build).parameters
+                function, kept = optim.optimiser(value), COMMON["optim"]
             else:
                 function = names.resolve("pkkd_jax.models", value, "model")
-                kept = ("mode", "run_dir", "which", "conv")
+                kept = (*COMMON["teacher"], "conv")
             old = {k: v for k, v in config[key].to_dict().items() if k in kept}
             config[key] = {**_defaults(function), **old, "name": value}
+    defaults = base()
+    for part, leaves in COMMON.items():
+        common = {leaf: defaults[part][leaf] for leaf in leaves if leaf in defaults[part]}
+        config[part] = {**common, **config[part].to_dict()}
     return config.lock()
 
 

@@ -30,7 +30,7 @@ def first_not_finite(recipe: update.Recipe, state: DistillState, batch) -> str:
 
         for index in range(batch["label"].shape[0]):
             images, key = update.prepare(recipe, given, state.step, index, batch["image"][index])
-            layers: list[str] = []
+            layers: dict[str, list[str]] = {}
             for name in ("teacher", "student"):
                 model, train = getattr(recipe, name), name == "student" or recipe.teacher_learns
                 if model is None:
@@ -38,7 +38,7 @@ def first_not_finite(recipe: update.Recipe, state: DistillState, batch) -> str:
                 variables = {"params": params[name], "batch_stats": stats[name]}
                 model = update.synchronised(model) if train else model
                 outputs, _ = update.forward(model, variables, images, train, key)
-                layers = list(outputs.features)
+                layers[name] = list(outputs.features)
                 for tap, response in outputs.features.items():
                     note(f"the {name}'s response of {tap} is", response)
                 note(f"the {name}'s logits are", outputs.logits)
@@ -50,7 +50,8 @@ def first_not_finite(recipe: update.Recipe, state: DistillState, batch) -> str:
             gradients = jax.grad(lambda p, a=arguments: sum(terms(p, *a)[0].values()))(params)
             for name, tree in gradients.items():
                 flat = traverse_util.flatten_dict(tree, sep=".")
-                for path in sorted(flat, key=lambda p: _place(p, layers), reverse=True):
+                order = layers.get(name, [])
+                for path in sorted(flat, key=lambda p: _place(p, order), reverse=True):
                     note(f"the {name}'s gradient of {path} is", flat[path])
         texts[:] = found
         return lax.pmin(jnp.array(list(found.values())).astype(jnp.int32), AXIS)
@@ -61,7 +62,9 @@ def first_not_finite(recipe: update.Recipe, state: DistillState, batch) -> str:
 
 def _place(path: str, layers: list[str]) -> int:
     """Where in the forward pass a parameter is; at the end if it belongs to no layer."""
-    return next((i for i, layer in enumerate(layers) if path.startswith(f"{layer}.")), len(layers))
+    path = path.replace("_", ".")  # a tap is named stage1.block1, its module stage1_block1
+    heads = [f"{layer.replace('_', '.')}." for layer in layers]
+    return next((i for i, head in enumerate(heads) if path.startswith(head)), len(layers))
 
 
 def student_gradients(recipe: update.Recipe) -> Callable:

@@ -65,10 +65,13 @@ def evaluate(
             f" {arguments['name']!r}; choose test or train"
         )
     damage = data.Damage(config["max_damaged"])
-    sources = [data.build_source(each, damage, **arguments) for each in ("train", split)]
+    train = data.build_source("train", damage, **arguments)
+    judged = train if split == "train" else data.build_source(split, damage, **arguments)
     size = batch_size or config["batch_size"]
     size = -(-size // jax.device_count()) * jax.device_count()
-    splits = experiment.Splits(*sources, split, size, config["seed"], config["workers"], damage)
+    splits = experiment.Splits(
+        train, judged, split, size, config["seed"], config["workers"], damage
+    )
     networks, variables = {}, {}
     for which in ("student", "teacher"):
         keywords = runs.network_arguments(config, which)

@@ -19,6 +19,7 @@ from pkkd_jax.state import DistillState
 CHOICES = {
     "dtype": ("float32", "bfloat16"),
     "teacher.mode": ("progressive", "fixed", "snapshot", "none"),
+    "teacher.which": ("student", "teacher"),
 }
 # Leaf to whether a value is allowed, and what is.
 NUMBERS = {
@@ -101,7 +102,8 @@ class Experiment:
     """A configuration, checked and built.
 
     Attributes:
-      config: the configuration as plain JSON types, with `num_classes` of the data.
+      config: the configuration as plain JSON types, with `num_classes` of the data, and `examples`
+        to know them by.
       splits: the data.
       recipe: of the update.
       teacher_variables: of a fixed teacher.
@@ -146,6 +148,7 @@ def build(config: ConfigDict) -> Experiment:
     judge = "validation" if plain["data"].setdefault("validation", 0) else "test"
     test = data.build_source(judge, damage, **plain["data"])
     plain["num_classes"] = train.num_classes
+    plain["examples"] = data.fingerprint(train, test, damage)
     networks, parameters = {"teacher": None}, {}
     for which in ("student", "teacher"):
         arguments = runs.network_arguments(plain, which)
@@ -243,6 +246,9 @@ def _fixed_teacher(config: dict, model: linen.Module, image_shape: tuple[int, ..
             "config.teacher.mode='fixed' needs config.teacher.run_dir: the directory of the run"
             " that trained the teacher"
         )
+    if not distributed.first():  # which alone needs the directory
+        variables = dict(_shapes(model, image_shape))
+        return distributed.from_first(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), variables))
     theirs = runs.network_arguments(runs.read_config(run_dir), which)
     if theirs:
         ours = runs.network_arguments(config, "teacher")
@@ -254,12 +260,7 @@ def _fixed_teacher(config: dict, model: linen.Module, image_shape: tuple[int, ..
             raise UserError(
                 f"the {which} in {run_dir!r} is of another architecture: {'; '.join(differing)}"
             )
-    if distributed.first():
-        variables = checkpoint.load_network(run_dir, which, model=model)[1]
-    else:
-        variables = _shapes(model, image_shape)
-        variables = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), dict(variables))
-    return distributed.from_first(variables)
+    return distributed.from_first(checkpoint.load_network(run_dir, which, model=model)[1])
 
 
 def describe(experiment: Experiment, step: int, workdir: Path, cost_line: str) -> dict:

@@ -62,7 +62,7 @@ def resolve(package: str, name: str, kind: str) -> Callable:
     return getattr(importlib.import_module(known[name]), name)
 
 
-def call(package: str, name: str, kind: str, **arguments):
+def call(package: str, name: str, kind: str, /, **arguments):
     """Resolves `name` and calls it with the keywords of a config.
 
     Raises:

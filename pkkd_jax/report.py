@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
     out = given.out or Path(given.run_dirs[0]) / "report.html"
     try:
         path = write(given.run_dirs, out, given.images, given.data_dir, given.trust)
-    except names.UserError as error:
+    except (names.UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{path}, {path.stat().st_size / 1e6:.1f} MB")

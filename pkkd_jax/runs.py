@@ -56,7 +56,13 @@ def refuse_outside(run_dir: str | Path, config: dict, parts: Iterable[str], reme
       UserError: at the first dotted name.
     """
     for part in parts:
-        for name in _names(config[part]):
+        if part == "distill":
+            found = _losses(config[part])
+        else:
+            networks = part in ("student", "teacher")
+            arguments = network_arguments(config, part) if networks else config[part]
+            found = [str((arguments or {}).get(key, "")) for key in ("name", "conv")]
+        for name in found:
             if "." in name:
                 raise UserError(
                     f"{name!r} in config.{part} of {str(run_dir)!r} is from outside the package:"
@@ -64,13 +70,9 @@ def refuse_outside(run_dir: str | Path, config: dict, parts: Iterable[str], reme
                 )
 
 
-def _names(part: Any, key: str = "") -> list[str]:
-    """What a part of a configuration names: a network, data set or optimiser, or losses."""
-    if not isinstance(part, dict):
-        return [key]
-    if not key and "name" in part:
-        return [str(part["name"]), str(part.get("conv", ""))]
-    if key and "weight" in part:
-        return [key]
-    prefix = f"{key}." if key else ""
-    return [name for k, v in part.items() for name in _names(v, f"{prefix}{k}")]
+def _losses(part: Any, name: str = "") -> list[str]:
+    """What `distill.build` resolves."""
+    if not isinstance(part, dict) or (name and "weight" in part):
+        return [name]
+    prefix = f"{name}." if name else ""
+    return [found for key, value in part.items() for found in _losses(value, f"{prefix}{key}")]

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import copy
 import json
 import signal
 import time
@@ -26,25 +25,12 @@ from pkkd_jax import (
     provenance,
     runs,
     stopping,
+    workdirs,
 )
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError
 from pkkd_jax.state import DistillState
-
-# Leaves in which processes that train together may differ: they do no step of the work.
-OWN = (("data", "data_dir"), ("teacher", "run_dir"), ("workers",), ("compilation_cache_dir",))
-# Leaves that say where, how fast and how often, and change no result: a run may go on with others.
-PLACES = (
-    *OWN,
-    ("log_every_steps",),
-    ("checkpoint_every_s",),
-    ("keep_evaluated",),
-    ("eval", "pictures"),
-    ("watchdog_s",),
-    ("skip_not_finite",),
-    ("max_damaged",),
-)
 
 
 class Interrupted(Exception):
@@ -58,51 +44,6 @@ class Interrupted(Exception):
     def __init__(self, signum: int, step: int):
         super().__init__(f"stopped by {signal.Signals(signum).name} and saved at step {step}")
         self.signum, self.step = signum, step
-
-
-def check_run(workdir: Path, config: dict) -> None:
-    """Makes the directory, and refuses one that holds a run with another configuration."""
-    path = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        others = [p for p in workdir.iterdir() if p.name != "checkpoints" or any(p.iterdir())]
-        if others and not path.exists():
-            raise UserError(
-                f"workdir {str(workdir)!r} holds other files and no run:"
-                " choose an empty or new directory with --workdir"
-            )
-        if not path.exists():
-            return
-    except OSError as error:
-        raise UserError(
-            f"workdir {str(workdir)!r} cannot be written: {error.strerror};"
-            " choose another with --workdir"
-        ) from error
-    differing = config_lib.differences(_essence(runs.read_config(workdir)), _essence(config))
-    if differing:
-        raise UserError(
-            f"workdir {str(workdir)!r} holds a run with another config ({'; '.join(differing)}):"
-            " choose another --workdir, or set these leaves back"
-        )
-
-
-def _without(config: dict, leaves: tuple) -> dict:
-    config = copy.deepcopy(config)
-    for *parents, leaf in leaves:
-        place = config
-        for key in parents:
-            place = place.get(key, {})
-        place.pop(leaf, None)
-    return config
-
-
-def _essence(config: dict) -> dict:
-    """What of a configuration a run's results depend on."""
-    config = _without(config, PLACES)
-    if config["teacher"]["mode"] == "none":
-        # Without a teacher it is the same run whatever the losses' leaves say.
-        config["teacher"], config["distill"] = {"mode": "none"}, {}
-    return config
 
 
 def train_and_evaluate(
@@ -136,7 +77,8 @@ def train_and_evaluate(
     workdir, writes = Path(workdir), distributed.first()
     if config.compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
-    shared = json.dumps(_without(config_lib.to_json(config), OWN), sort_keys=True)
+    shared = workdirs.without(config_lib.to_json(config), workdirs.OWN)
+    shared = json.dumps(shared, sort_keys=True)
     distributed.require_same(shared, "configuration")
     built = experiment.build(config)
     sizes = len(built.splits.train), len(built.splits.test)
@@ -145,17 +87,24 @@ def train_and_evaluate(
     with contextlib.ExitStack() as at_exit:
         watchdog = at_exit.enter_context(contextlib.closing(stopping.Watchdog(config.watchdog_s)))
         if writes:
-            check_run(workdir, built.config)
+            workdirs.require_same_run(workdir, built.config)
+            at_exit.enter_context(workdirs.alone(workdir))
             checkpoints = checkpoint.Checkpoints(
                 workdir, keep_evaluated=built.config["keep_evaluated"]
             )
             at_exit.callback(checkpoints.close)
             found = checkpoints.newest()
+            if not found or found[0] == built.total_steps:
+                results = metrics.read_json(workdir / "results.json")
+            if found and built.teacher_variables is not None:
+                teacher = built.config["teacher"]["run_dir"]
+                workdirs.require_same_teacher(
+                    workdir, found[1]["teacher"], teacher, built.teacher_variables
+                )
             arguments = runs.network_arguments(built.config, "student")
             costs, cost_line = cost.described(arguments, built.splits.train.image_shape)
-            at_start(experiment.describe(built, found[0] if found else 0, workdir, cost_line))
-            if found and found[0] == built.total_steps:
-                results = metrics.read_json(workdir / "results.json")
+            begun = built.total_steps if results else found[0] if found else 0
+            at_start(experiment.describe(built, begun, workdir, cost_line))
         step, done = distributed.from_first(
             np.array([found[0] if found else 0, results is not None], np.int32)
         )

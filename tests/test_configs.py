@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from pkkd_jax import config as config_lib
 from pkkd_jax import data, devices, experiment, update
 from pkkd_jax.data.arrays import ArraySource
 
@@ -69,6 +70,15 @@ def test_an_optimiser_is_swapped_with_its_keywords_and_keeps_the_schedule():
     assert kept.items() <= config.optim.to_dict().items()
     assert config.optim.b1 == 0.9
     assert "momentum" not in config.optim
+
+
+def test_a_part_that_is_written_anew_gets_the_leaves_that_it_always_has():
+    config = config_lib.base()
+    config.optim = dict(name="adamw", learning_rate=1e-3)
+    config.teacher = dict(name="vgg_small", conv="conv")
+    config = config_lib.with_argument(config, None)
+    assert (config.optim.learning_rate, config.optim.cycles) == (1e-3, 1)
+    assert (config.teacher.mode, config.teacher.which) == ("progressive", "teacher")
 
 
 def test_naming_what_is_there_already_changes_nothing():

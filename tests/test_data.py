@@ -295,6 +295,53 @@ class Unhashable:
         return {"image": np.full((4, 4, 1), index, np.uint8), "label": index % 3}
 
 
+class Wrong(Unhashable):
+    """Returns what `kind` says, a keyword that is also a word of the package's own."""
+
+    def __init__(self, split, data_dir, kind, augmentation):
+        super().__init__(split, data_dir, augmentation)
+        self.kind = kind
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        if self.kind == "float":
+            found["image"] = found["image"] / 255
+        if self.kind == "channels first":
+            found["image"] = np.zeros((3, 4, 4), np.uint8)
+        if self.kind == "labels from 1":
+            found["label"] += 1
+        return found
+
+
+WRONG = {
+    "float": r"image 0 .* is float64 \(4, 4, 1\): expected uint8",
+    "channels first": r"image 0 .*(\(3, 4, 4\): expected image_shape=|4 channels: expected 1)",
+    "labels from 1": r"label 3 of example 2 .* expected from 0 to 2",
+}
+
+
+@pytest.mark.parametrize("augmentation", ["none", "resized_crop"])
+@pytest.mark.parametrize("kind", WRONG)
+def test_what_a_users_own_source_gets_wrong_is_said(kind, augmentation):
+    def read():
+        own = data.build_source(
+            "train", name=f"{__name__}.Wrong", data_dir="", kind=kind, augmentation=augmentation
+        )
+        list(data.eval_batches(own, batch_size=4, num_devices=2))
+
+    with pytest.raises(UserError, match=WRONG[kind]):
+        read()
+
+
+def bare(split):
+    return [split]
+
+
+def test_a_source_that_lacks_an_attribute_is_refused():
+    with pytest.raises(UserError, match="has no 'num_classes'"):
+        data.build_source("train", name=f"{__name__}.bare")
+
+
 class Deadly(Unhashable):
     """Ends the process that reads its third example, unless that is the test's."""
 

@@ -1,15 +1,29 @@
-"""What each loss has in the gradient of each layer."""
+"""Where an update stops being finite; what each loss has in the gradient of each layer."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from test_update import batch, initial, recipe
+from test_update import batch, examples, initial, recipe
 
-from pkkd_jax import devices, diagnosis, update
+from pkkd_jax import devices, diagnosis, distill, update
 
 
 def gradient_shares(the_recipe, state):
     mapped = devices.pmap(diagnosis.gradient_shares(the_recipe), update.hyperparameters(the_recipe))
     return jax.device_get(mapped(state, batch(1)))
+
+
+def test_a_gradient_that_is_not_finite_is_looked_for_in_the_order_of_the_backward_pass():
+    def apply(params, student, teacher, axis_name):
+        # 0 with a derivative of 0/0, from where it spreads to all layers before.
+        loss = jnp.sqrt(0 * jnp.abs(student.features["stage3.block1.conv1"])).mean()
+        return loss, {"loss_odd": loss}
+
+    odd = distill.Distiller(lambda *arguments: {}, apply)
+    broken = recipe(losses={"odd": (1.0, odd)})
+    state = update.init_state(broken, examples()[0])
+    found = diagnosis.first_not_finite(broken, jax.device_get(state), batch(1))
+    assert found == "the student's gradient of stage3_block1.conv1.filters is"
 
 
 def test_the_losses_shares_in_each_layers_gradient_sum_to_one():

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from trainings import MINE, QUICKSTART, ROOT, assert_same_run, command, final, start
 
-from pkkd_jax import checkpoint, evaluate, evaluation, main, metrics, train, update
+from pkkd_jax import analysis, checkpoint, evaluate, evaluation, main, metrics, train, update
 from pkkd_jax.names import UserError
 
 
@@ -273,6 +273,17 @@ def test_what_a_run_directory_names_is_neither_imported_nor_executed(
     (run_dir / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError):
         checkpoint.load_network(run_dir)
+    config = json.loads(written)  # whose teacher is built of the student's keywords
+    config["teacher"]["mode"] = "snapshot"
+    config["student"]["name"] = "evil.Net"
+    (run_dir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"evil\.Net.*outside"):
+        checkpoint.load_network(run_dir, "teacher")
+    config = json.loads(written)
+    config["distill"] = {"os": {"system": {"weight": 1.0, "command": "exit"}}, "name": "kd"}
+    (run_dir / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"os\.system.*outside"):
+        analysis.load(run_dir)
     (run_dir / "config.json").write_text(written)
     for path in (run_dir / "checkpoints" / "12").rglob("*"):
         if path.is_file():

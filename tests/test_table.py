@@ -125,6 +125,19 @@ def test_a_signal_stops_a_table_when_its_cell_has_saved(tmp_path):
     assert steps[-1] >= 20
 
 
+def test_a_signal_before_the_training_obeys_it_stops_the_table_too(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def killed(command):
+        started.append(command)
+        return -signal.SIGTERM
+
+    monkeypatch.setattr(table, "run", killed)
+    assert table.main(["quick", f"--out={tmp_path}"]) == 128 + signal.SIGTERM
+    assert "the same command goes on" in capsys.readouterr().err
+    assert len(started) == 1
+
+
 def test_means_and_deviations_stand_beside_what_was_published():
     found = table.load("main1")
     cells = {(row, column): [] for row in found["rows"] for column in found["columns"]}

@@ -1,13 +1,14 @@
 """The loop through the command line: results, resuming, and every mistake a user can make."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 from trainings import MINE, QUICKSTART, ROOT, SHORT, command, final
 
-from pkkd_jax import checkpoint, evaluate, experiment, main, provenance, train
+from pkkd_jax import checkpoint, evaluate, experiment, main, metrics, provenance, train, workdirs
 from pkkd_jax.names import UserError
 from pkkd_jax.ops import cpu
 
@@ -68,18 +69,78 @@ def test_a_finished_run_is_not_trained_again(finished, capsys):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
+def test_a_finished_run_without_its_checkpoints_keeps_its_figures(finished, tmp_path, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints")
+    before = {name: (workdir / name).read_text() for name in ("metrics.jsonl", "results.json")}
+    assert main.main(command(workdir)) == 0
+    assert "Test results after 12 steps" in capsys.readouterr().out
+    assert {name: (workdir / name).read_text() for name in before} == before
+
+
+def test_two_trainings_in_one_directory_are_refused(tmp_path, capsys):
+    config, workdir, _ = main.parse(command(tmp_path / "run"))
+
+    def start_another(figures):
+        if figures["step"] == 3:
+            assert main.main(command(workdir)) == 2
+            assert "a training is running there" in capsys.readouterr().err
+
+    results = train.train_and_evaluate(config, workdir, at_interval=start_another)
+    assert results["steps"] == 12
+    assert metrics.read(workdir)[-1]["step"] == 12
+
+
+def photographs(root, colour):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(8):
+                image = Image.new("RGB", (8, 8), (colour, colour, 20 * i))
+                image.save(root / split / name / f"{i}.png")
+
+
+def test_other_images_or_another_teacher_are_not_taken_for_the_same_run(finished, tmp_path, capsys):
+    photographs(tmp_path / "dark", 20)
+    photographs(tmp_path / "light", 200)
+
+    def of(place):
+        line = command(tmp_path / "folder", f"--config.data.data_dir={tmp_path / place}",
+                       "--config.data.image_size=8", "--config.data.augmentation=crop_flip",
+                       "--config.teacher.mode=none")  # fmt: skip
+        line[1] += ":data=folder"
+        return line
+
+    assert main.main(of("dark")) == 0
+    (tmp_path / "dark").rename(tmp_path / "moved")
+    assert main.main(of("moved")) == 0
+    assert main.main(of("light")) == 2
+    assert "images whose pixels have a mean of" in capsys.readouterr().err
+
+    def beside(teacher):
+        more = ["--config.teacher.mode=fixed", f"--config.teacher.run_dir={teacher}"]
+        return command(tmp_path / "run", *more)
+
+    shutil.copytree(finished[0], tmp_path / "teacher")
+    assert main.main(command(tmp_path / "other", "--config.seed=1")) == 0
+    assert main.main(beside(finished[0])) == 0
+    assert main.main(beside(tmp_path / "teacher")) == 0
+    assert main.main(beside(tmp_path / "other")) == 2
+    assert "beside another teacher than that of" in capsys.readouterr().err
+
+
 def test_a_mistake_that_shows_late_can_be_mended_in_the_same_directory(tmp_path, capsys):
     workdir = tmp_path / "run"
     assert main.main(command(workdir, "--config.distill.pkkd.taps=stage9")) == 2
     assert "'stage9'" in capsys.readouterr().err
     config, _, _ = main.parse(command(workdir))
-    train.check_run(workdir, experiment.build(config).config)
+    workdirs.require_same_run(workdir, experiment.build(config).config)
 
 
 def test_leaves_that_change_no_result_may_differ_in_a_resumed_run(finished):
     more = ["--config.log_every_steps=7", "--config.checkpoint_every_s=9", "--config.workers=1"]
     config, workdir, _ = main.parse(command(finished[0], *more))
-    train.check_run(workdir, experiment.build(config).config)
+    workdirs.require_same_run(workdir, experiment.build(config).config)
 
 
 def test_a_network_is_loaded_from_a_run(finished):
@@ -203,6 +264,7 @@ MISTAKES = {
     "image shape": (["--config.student.name=resnet_imagenet", "--config.student.depth=18"], "8, 8"),
     "dtype": (["--config.dtype=float16"], "'float16'"),
     "teacher mode": (["--config.teacher.mode=progresive"], "did you mean 'progressive'"),
+    "network of the teacher's run": (["--config.teacher.which=studnet"], "did you mean 'student'"),
     "snapshots without cycles": (["--config.teacher.mode=snapshot"], "config.optim.cycles=1"),
     "weight schedule": (["--config.distill.kd.weight_schedule=cosin"], "did you mean 'cosine'"),
     "too many images held out": (["--config.data.validation=1437"], "validation=1437"),
@@ -239,6 +301,32 @@ def test_a_mistake_is_one_clear_line(mistake, tmp_path, capsys, monkeypatch):
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
+
+
+FILES = {
+    "config.batchsize = 8": "'batchsize': did you mean 'batch_size'",
+    "config.eval.every_epoch = 5.0": "did you mean 'eval.every_epochs'",
+    "config.distill = {'kd': {}}": "config.distill.kd={}: a loss has a weight",
+    "config.distill = {'kd': {'temperature': 4.0}}": "config.distill.kd.temperature=4.0: a loss",
+    "config = None": "get_config returned NoneType",
+}
+
+
+@pytest.mark.parametrize("line", FILES)
+def test_a_mistake_in_a_config_file_is_one_clear_line(line, tmp_path, capsys):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from pkkd_jax import config as lib\n"
+        "def get_config(arg=None):\n"
+        "    config = lib.base()\n"
+        "    config.data = {'name': 'digits'}\n"
+        f"    {line}\n"
+        "    return config and lib.with_argument(config, arg)\n"
+    )
+    assert main.main(["main", f"--config={file}", f"--workdir={tmp_path / 'run'}"]) == 2
+    error = capsys.readouterr().err
+    assert FILES[line] in error
+    assert error.count("\n") == 1
 
 
 def test_no_config_is_one_clear_line(capsys):

@@ -50,11 +50,26 @@ def example(source, index: int) -> dict:
 
     Raises:
       Unreadable: if it cannot be.
+      UserError: if it is not what a source is to return.
     """
     try:
         found = source[index]
-        if isinstance(found["image"], Image.Image):
-            found["image"].load()
+        image, label = found["image"], found["label"]
+        if isinstance(image, Image.Image):
+            image.load()
+        elif getattr(image, "dtype", None) != np.uint8 or image.ndim != 3:
+            kind = (
+                f"{image.dtype} {image.shape}" if hasattr(image, "dtype") else type(image).__name__
+            )
+            raise UserError(
+                f"image {index} of the data set is {kind}: expected uint8 (height, width,"
+                " channels), or a PIL image"
+            )
+        if not 0 <= label < source.num_classes:
+            raise UserError(
+                f"label {label} of example {index} of the data set: with its"
+                f" num_classes={source.num_classes} expected from 0 to {source.num_classes - 1}"
+            )
         return found
     except (UserError, MemoryError):
         raise
@@ -171,6 +186,11 @@ class _Load:
         if not isinstance(image, Image.Image):
             image = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
         shape = self.source.image_shape
+        if len(image.getbands()) != shape[2]:
+            raise UserError(
+                f"image {index} of the data set has {len(image.getbands())} channels: expected"
+                f" {shape[2]}, as its image_shape={shape} says"
+            )
         box = random_box(image.size, draws) if draws else centre_box(image.size, shape[:2])
         image = image.resize(shape[1::-1], Image.Resampling.BILINEAR, box=box)
         return np.asarray(image).reshape(shape), found["label"]

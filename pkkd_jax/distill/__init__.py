@@ -119,6 +119,11 @@ def build(
     built: dict[str, tuple[float | optax.Schedule, Distiller]] = {}
     for key, arguments in losses.items():
         name = module + key
+        if not isinstance(arguments, Mapping) or not arguments:
+            raise names.UserError(
+                f"config.distill.{name}={arguments!r}: a loss has a weight, for example"
+                " {'weight': 1.0}, beside its own keywords"
+            )
         if "weight" not in arguments:
             built |= build(arguments, total_steps, f"{name}.")
             continue
