@@ -16,7 +16,17 @@ import numpy as np
 import pytest
 from trainings import MINE, QUICKSTART, ROOT, assert_same_run, command, final, start
 
-from pkkd_jax import analysis, checkpoint, evaluate, evaluation, main, metrics, train, update
+from pkkd_jax import (
+    analysis,
+    checkpoint,
+    data,
+    evaluate,
+    evaluation,
+    main,
+    metrics,
+    train,
+    update,
+)
 from pkkd_jax.names import UserError
 
 
@@ -252,7 +262,8 @@ def test_what_a_run_directory_names_is_neither_imported_nor_executed(
     evil.write_text("raise SystemExit('executed')")
     monkeypatch.syspath_prepend(tmp_path)
     pickled = b"cbuiltins\nexec\n(S'raise SystemExit'\ntR."
-    checkpoint.load_network(run_dir)  # imports what it needs
+    analysis.load(run_dir)  # imports what it needs, as the next line does
+    data.open_source("train", name="digits")
 
     def refuse(*arguments, **keywords):
         raise SystemExit("executed")
