@@ -31,6 +31,8 @@ def initialize(coordinator: str = "", count: int | None = None, index: int | Non
     Raises:
       UserError: if they do not describe such processes, or these do not meet.
     """
+    if count is not None and count < 1:
+        raise UserError(f"--process_count={count}: it must be 1 or more")
     if count == 1 or jax.distributed.is_initialized():
         return
     if coordinator and (":" not in coordinator or not coordinator.rpartition(":")[2].isdigit()):

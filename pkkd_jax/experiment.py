@@ -1,12 +1,13 @@
 """A configuration, checked and built: data, networks, losses, optimisers, steps."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
-from flax import linen
+from flax import linen, traverse_util
 from ml_collections import ConfigDict
 
 from pkkd_jax import checkpoint, data, distill, distributed, models, optim, runs
@@ -24,7 +25,7 @@ CHOICES = {
 # Leaf to whether a value is allowed, and what is.
 NUMBERS = {
     "max_damaged": (lambda v: v >= 0, "0 (none) or more"),
-    "seed": (lambda v: v >= 0, "0 or more"),
+    "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
     "batch_size": (lambda v: v >= 1, "1 or more, for example 256"),
     "accumulate_steps": (lambda v: v >= 1, "1 or more"),
     "steps": (lambda v: v >= 0, "0 (as many as config.epochs makes) or more"),
@@ -214,6 +215,9 @@ def _leaf(config: dict, path: str):
 
 
 def _check(config: dict) -> None:
+    for path, value in traverse_util.flatten_dict(config, sep=".").items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"config.{path}={value}: it must be finite")
     for path, allowed in CHOICES.items():
         if _leaf(config, path) not in allowed:
             raise unknown(f"config.{path}", _leaf(config, path), allowed)

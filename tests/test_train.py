@@ -256,6 +256,8 @@ MISTAKES = {
     "batch and devices": (["--config.batch_size=18"], "4 devices"),
     "depth": (["--config.student.depth=9"], "depth 9"),
     "seed": (["--config.seed=-1"], "config.seed=-1"),
+    "seed of too many bits": (["--config.seed=4294967296"], "config.seed=4294967296"),
+    "number that is not finite": (["--config.eval.every_epochs=inf"], "every_epochs=inf: it must"),
     "augmentation": (["--config.data.augmentation=cropflip"], "did you mean 'crop_flip'"),
     "optimiser that wants more": ([f"--config={QUICKSTART}:optim=lbfgs"], "'lbfgs'"),
     "config file without its folder": (["--config=quickstart.py"], "configs/quickstart.py"),
@@ -280,6 +282,7 @@ MISTAKES = {
     "tap": (["--config.distill.pkkd.taps=stage9"], "'stage9'"),
     "temperature": (["--config.distill.kd.temperature=0.0"], "temperature=0.0"),
     "stray word": (["resume"], "'resume'"),
+    "no processes": (["--process_count=0"], "--process_count=0: it must be 1"),
     "data that is not prepared": (
         [f"--config={QUICKSTART}:data=cifar10", "--config.data.data_dir=/nowhere"],
         "pkkd_jax.data.prepare cifar10",
