@@ -93,10 +93,10 @@ def cosines(
       UserError: if there is no such run or step, or its student does not add.
     """
     config = runs.read_config(run_dir)
-    if config["student"]["conv"] != "adder":
+    conv = config["student"].get("conv")
+    if conv != "adder":
         raise UserError(
-            f"the student in {str(run_dir)!r} has conv={config['student']['conv']!r}: choose a run"
-            " of an adder network"
+            f"the student in {str(run_dir)!r} has {conv=}: choose a run of an adder network"
         )
     if not trust:
         parts = ("student", "teacher", "data", "distill", "optim")

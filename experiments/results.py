@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         print(f"{write(given.out)}\nin {given.out.parent / 'RESULTS.md'}")
         return 0
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -8,7 +8,6 @@ directory, which tables share: a stopped table goes on, and what is finished is 
 
 import argparse
 import itertools
-import json
 import re
 import shlex
 import signal
@@ -117,10 +116,10 @@ class Cells:
 
 def read(run_dir: Path) -> dict | None:
     """What a finished cell shows; None if it is not finished."""
-    if not (run_dir / "results.json").exists():
+    results = metrics.read_json(run_dir / "results.json")
+    if not results:
         return None
-    results = json.loads((run_dir / "results.json").read_text())
-    config = json.loads((run_dir / "config.json").read_text())
+    config = runs.read_config(run_dir)
     judge = "validation" if config["data"]["validation"] else "test"
     rows = metrics.read(run_dir)
     rates = [row["train/images_per_s"] for row in rows if "train/images_per_s" in row]
@@ -243,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
             if teacher and teacher not in wanted:
                 wanted.append(teacher)
         return make(table, wanted, given, leaves, command)
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

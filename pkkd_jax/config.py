@@ -77,7 +77,10 @@ def losses(methods: str) -> dict[str, Any]:
     if methods == "none":
         return {}
     found: dict[str, Any] = {}
-    for each in ("pkkd+kd" if methods == "pkkd" else methods).split("+"):
+    wanted = ("pkkd+kd" if methods == "pkkd" else methods).split("+")
+    if len(set(wanted)) < len(wanted):
+        raise names.UserError(f"distill={methods}: a loss is named twice; each has one weight")
+    for each in wanted:
         *parents, last = each.split(".")
         place = found
         for key in parents:

@@ -30,8 +30,11 @@ NUMBERS = {
     "accumulate_steps": (lambda v: v >= 1, "1 or more"),
     "steps": (lambda v: v >= 0, "0 (as many as config.epochs makes) or more"),
     "workers": (lambda v: v >= 0, "0 (threads) or more"),
+    "alpha": (lambda v: v >= 0, "0 (no labels) or more"),
     "label_smoothing": (lambda v: 0 <= v < 1, "from 0 to below 1"),
     "optim.cycles": (lambda v: v >= 1, "1 or more"),
+    "optim.weight_decay": (lambda v: v >= 0, "0 (none) or more"),
+    "optim.adder_eta": (lambda v: v > 0, "above 0"),
     "optim.warmup_steps": (lambda v: v >= 0, "0 (no warm-up) or more"),
     "eval.every_epochs": (lambda v: v > 0, "above 0"),
     "eval.recalibrate_batches": (lambda v: v >= 0, "0 (off) or more"),
@@ -163,13 +166,23 @@ def build(config: ConfigDict) -> Experiment:
     batch_size = plain["batch_size"]
     splits = Splits(train, test, judge, batch_size, plain["seed"], plain["workers"], damage)
     steps_per_epoch = len(train) / batch_size
-    total = plain["steps"] or max(1, int(plain["epochs"] * steps_per_epoch))
+    total = plain["steps"] or int(plain["epochs"] * steps_per_epoch)
+    if not total:
+        raise UserError(
+            f"config.batch_size={batch_size}: config.epochs={plain['epochs']} times"
+            f" {len(train)} images are fewer; choose a smaller batch, or set config.steps"
+        )
     every = max(1, round(plain["eval"]["every_epochs"] * steps_per_epoch))
     losses = distill.build(plain["distill"], total) if teacher is not None else {}
     arguments = plain["optim"]
     cycles = arguments["cycles"]
     if cycles > total:
         raise UserError(f"config.optim.cycles={cycles}: it must be at most the {total} steps")
+    if arguments["warmup_steps"] >= total:
+        raise UserError(
+            f"config.optim.warmup_steps={arguments['warmup_steps']}: it must be below the {total}"
+            " steps of the training"
+        )
     snapshots = tuple(total // cycles * cycle for cycle in range(1, cycles))
     rate = optim.schedule(
         arguments["schedule_name"],
@@ -232,6 +245,12 @@ def _check(config: dict) -> None:
     if config["steps"] == 0 and not config["epochs"] > 0:
         raise UserError(
             f"config.steps=0 and config.epochs={config['epochs']}: one of them must be positive"
+        )
+    run_dir, mode = config["teacher"]["run_dir"], config["teacher"]["mode"]
+    if run_dir and mode != "fixed":
+        raise UserError(
+            f"config.teacher.run_dir={run_dir!r} with config.teacher.mode={mode!r}, which has no"
+            " use for it: set config.teacher.mode to 'fixed', or leave the directory out"
         )
     devices, batch_size = jax.device_count(), config["batch_size"]
     parts = devices * config["accumulate_steps"]

@@ -7,6 +7,16 @@ from typing import Any
 
 from pkkd_jax.names import UserError
 
+# What a configuration always has, and is asked for here and by those who read one.
+LEAVES = ("num_classes", "dtype", "batch_size", "seed", "workers", "max_damaged", "distill")
+PARTS = {
+    "student": ("name",),
+    "teacher": ("name", "mode"),
+    "data": ("name",),
+    "optim": ("name",),
+    "eval": ("recalibrate_batches",),
+}
+
 
 def read_config(run_dir: str | Path) -> dict:
     """The configuration that a run directory was made with.
@@ -22,9 +32,15 @@ def read_config(run_dir: str | Path) -> dict:
         )
     try:
         config = json.loads(path.read_text())
-        needed = {"student", "teacher", "data", "num_classes"}
-        if not isinstance(config, dict) or needed - set(config):
+        if not isinstance(config, dict):
             raise ValueError("not the configuration of a training")
+        missing = [leaf for leaf in LEAVES if leaf not in config]
+        for part, leaves in PARTS.items():
+            found = config.get(part)
+            found = found if isinstance(found, dict) else {}
+            missing += [f"{part}.{leaf}" for leaf in leaves if leaf not in found]
+        if missing:
+            raise ValueError(f"it lacks {missing[0]}")
         return config
     except (ValueError, RecursionError) as error:
         raise UserError(

@@ -79,9 +79,12 @@ def schedule(
         decade) from `weight` to `final_weight`.
       final_weight: at the end of those three.
     Raises:
-      UserError: for an unknown schedule, the message has the nearest right one; for a final weight
-        that a constant does not reach; or for an exponential from or to 0.
+      UserError: for an unknown schedule, the message has the nearest right one; for a weight below
+        0; for a final weight that a constant does not reach; or for an exponential from or to 0.
     """
+    for name, value in (("weight", weight), ("final_weight", final_weight)):
+        if value < 0:
+            raise names.UserError(f"{name}={value} of a loss: it must be 0 (off) or more")
     decays = {  # from 1 to 0
         "linear": optax.linear_schedule(1.0, 0.0, total_steps),
         "cosine": optax.cosine_decay_schedule(1.0, total_steps),
