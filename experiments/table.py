@@ -189,7 +189,7 @@ def finished(cells: Cells, table: dict, row: dict, column: str, seed: int) -> bo
         return False
     wanted = config_lib.to_json(training.parse(cells.command(table, row, column, seed)[2:])[0])
     theirs = runs.read_config(run_dir)
-    of_data = {key: theirs[key] for key in ("num_classes", "examples")}
+    of_data = {key: theirs[key] for key in ("num_classes", "examples") if key in theirs}
     workdirs.require_same_run(run_dir, wanted | of_data)
     return True
 
