@@ -48,7 +48,7 @@ def features(run_dir: Path) -> dict | None:
     path = run_dir / "features.json"
     if path.exists() or not (run_dir / "checkpoints").is_dir():
         return metrics.read_json(path)
-    run, found = analysis.load(run_dir, trust=True), {"filters": {}}
+    run, found = analysis.load(run_dir), {"filters": {}}
     for which, network in run.networks.items():
         nearer = [
             analysis.fit(filters).better
@@ -59,7 +59,7 @@ def features(run_dir: Path) -> dict | None:
             key: nearer.count(key) for key in ("laplace", "gauss", "neither")
         }
     if "teacher" in run.networks:
-        images, _ = analysis.examples(run, IMAGES, trust=True)
+        images, _ = analysis.examples(run, IMAGES)
         alike = analysis.similarities(analysis.responses(run, images))["raw"]
         found["similarity"] = statistics.mean(alike.values())
     metrics.write_json(path, found)
@@ -170,7 +170,7 @@ def write(out: Path) -> str:
     Returns:
       The Markdown.
     Raises:
-      UserError: if there is no such directory.
+      UserError: if there is no such directory, or no finished cell in it.
     """
     if not out.is_dir():
         raise UserError(f"--out={str(out)!r} is no directory: name that of a table's cells")
@@ -192,6 +192,8 @@ def write(out: Path) -> str:
             cell["features"] = features(cell["run_dir"])
         for claim in claims:
             verdicts += [(claim["text"], block["epochs"], *line) for line in check(claim, cells)]
+    if not hours:
+        raise UserError(f"--out={str(out)!r} holds no finished cell: name that of a table's cells")
     lines = ["| claim | epochs | | figures | here |", "|---|---|---|---|---|"]
     lines += [f"| {' | '.join(map(str, line))} |" for line in verdicts]
     total = f"{len(hours)} runs, {sum(hours.values()):.1f} hours."

@@ -259,11 +259,16 @@ def make(table: dict, wanted: list[str], given, leaves: list[str], command: str)
     def write() -> str:
         return report.write(path, table, collect(table, cells, given.seeds), command)
 
+    rows = {
+        name: row
+        for name, row in table["rows"].items()
+        if name in wanted and not row["published_only"]
+    }
+    for column, row in itertools.product(table["columns"], rows.values()):
+        training.parse(cells.command(table, row, column, 0)[2:])  # a mistake, before any is run
     for seed in range(given.seeds):
         for column in table["columns"]:
-            for name, row in table["rows"].items():
-                if name not in wanted or row["published_only"]:
-                    continue
+            for name, row in rows.items():
                 if finished(cells, table, row, column, seed):
                     continue
                 print(f"\n{table['name']}: {name}, {column}, seed {seed}", flush=True)

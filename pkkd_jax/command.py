@@ -31,6 +31,9 @@ def parse(
     if {"--help", "-h", "--helpfull"} & set(argv):
         print(description)
         raise SystemExit(0)
+    if "--config" in argv[:-1]:  # written in two words
+        place = argv.index("--config")
+        argv = [*argv[:place], f"--config={argv[place + 1]}", *argv[place + 2 :]]
     given = [item for item in argv[1:] if re.match(r"--?config=", item)]
     if not given:
         raise names.UserError(f"--config is missing: {usage}")
@@ -47,6 +50,11 @@ def parse(
         leaves = _leaves(config.to_dict())
         for item in words[1:]:
             leaf = re.match(r"--config\.([^=]+)", item)
+            if leaf and leaf.group(1) in config_lib.PARTS:
+                part, _, value = item.removeprefix("--config.").partition("=")
+                raise names.UserError(
+                    f"{item}: a part is swapped by --config={path}:{part}={value or 'NAME'}"
+                ) from error
             if leaf and leaf.group(1) not in leaves:
                 raise names.unknown("config leaf", leaf.group(1), leaves) from error
         text = " ".join(str(error).split())

@@ -93,6 +93,7 @@ def losses(methods: str) -> dict[str, Any]:
     return found
 
 
+PARTS = ("data", "distill", "optim", "student", "teacher")  # what an argument can swap
 # Leaves that stay, or are added, whatever else a part of the configuration has.
 COMMON = {
     "data": ("data_dir", "validation"),
@@ -117,7 +118,7 @@ def with_argument(config: ConfigDict, argument: str | None) -> ConfigDict:
     """
     for item in filter(None, (argument or "").split(",")):
         key, equals, value = item.partition("=")
-        if key not in ("data", "distill", "optim", "student", "teacher") or not equals:
+        if key not in PARTS or not equals:
             raise names.UserError(
                 f"argument {item!r} of the config: expected data=NAME, distill=NAME, optim=NAME,"
                 " student=NAME or teacher=NAME, with commas between; every other leaf is"

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import fcntl
 import os
 from pathlib import Path
 
@@ -87,6 +86,11 @@ def require_same_teacher(
 @contextlib.contextmanager
 def alone(workdir: Path):
     """Refuses a directory in which another training runs, which each would spoil for the other."""
+    try:
+        import fcntl
+    except ImportError:  # on Windows
+        yield
+        return
     place = os.open(workdir, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # of a file system without locks

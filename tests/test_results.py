@@ -87,6 +87,10 @@ def test_results_say_what_is_there_and_what_is_not(tmp_path, monkeypatch, capsys
     assert capsys.readouterr().err == (
         "error: --out='cell' is no directory: name that of a table's cells\n"
     )
+    (tmp_path / "empty").mkdir()
+    assert results.main(["--out=empty"]) == 2
+    assert "holds no finished cell" in capsys.readouterr().err
+    assert not (tmp_path / "RESULTS.md").exists()
     assert results.main(["--out=cells"]) == 0
     text = (tmp_path / "RESULTS.md").read_text()
     assert text in capsys.readouterr().out

@@ -177,6 +177,7 @@ def test_sources_that_differ_both_stand(monkeypatch):
         (["quick", "--seeds=0"], "--seeds=0"),
         (["quick", "--sed=1"], "--sed=1"),
         (["quick", "--config.seed=5"], "--seeds=N"),
+        (["quick", "--config.epoch=3"], "'epoch': did you mean 'epochs'"),
     ],
 )
 def test_a_mistake_is_one_clear_line(arguments, message, capsys):

@@ -290,6 +290,7 @@ MISTAKES = {
     ),
     "tap": (["--config.distill.pkkd.taps=stage9"], "'stage9'"),
     "temperature": (["--config.distill.kd.temperature=0.0"], "temperature=0.0"),
+    "part as a leaf": (["--config.distill=kd"], "swapped by --config="),
     "stray word": (["resume"], "'resume'"),
     "no processes": (["--process_count=0"], "--process_count=0: it must be 1"),
     "data that is not prepared": (
@@ -339,6 +340,12 @@ def test_a_mistake_in_a_config_file_is_one_clear_line(line, tmp_path, capsys):
     error = capsys.readouterr().err
     assert FILES[line] in error
     assert error.count("\n") == 1
+
+
+def test_the_config_file_may_be_a_word_of_its_own():
+    line = command("run")
+    words = [line[0], *line[1].split("="), *line[2:]]
+    assert main.parse(words)[0] == main.parse(line)[0]
 
 
 def test_no_config_is_one_clear_line(capsys):
