@@ -5,6 +5,9 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pkkd_jax import main
@@ -30,13 +33,35 @@ def test_the_loss_of_ones_own_trains(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "first_line", ["from pkkd_jax import checkpoint, data", "from pkkd_jax import analysis"]
+    "first_line",
+    ["from pkkd_jax import checkpoint, data", "from pkkd_jax import analysis", "import jax"],
 )
 def test_what_notebooks_are_told_to_do_works(first_line, kernel_run, tmp_path, monkeypatch):
     (code,) = re.findall(rf"```python\n({re.escape(first_line)}\n.*?)```", README, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     shutil.copytree(kernel_run, tmp_path / "runs" / "quickstart")
     exec(code, {})
+
+
+def test_the_layer_trains_in_a_network_of_ones_own():
+    (code,) = re.findall(r"```python\n(import optax\n.*?)```", README, re.DOTALL)
+    names = {"__name__": __name__}
+    exec(code, names)
+    network, optimiser = names["Net"](), names["optimiser"]
+    images = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
+    variables = network.init(jax.random.key(0), images, True)
+
+    def loss(params):
+        logits, _ = network.apply(
+            {**variables, "params": params}, images, True, mutable=["batch_stats"]
+        )
+        return jnp.square(logits - 1).mean()
+
+    gradients = jax.grad(loss)(variables["params"])
+    updates, _ = optimiser.update(gradients, optimiser.init(variables["params"]))
+    filters = updates["AdderConv_0"]["filters"]
+    # 0.2 sqrt(size) times the learning rate of 0.1
+    np.testing.assert_allclose(jnp.linalg.norm(filters), 0.02 * filters.size**0.5, rtol=1e-5)
 
 
 def test_figures_are_those_of_results():
