@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags
+from flax import traverse_util
 from ml_collections import ConfigDict, config_flags
 
 from pkkd_jax import config as config_lib
@@ -22,32 +23,38 @@ def parse(
       argv: as in `sys.argv`.
       define: adds the command's own flags to the values that it is given.
       usage: one line, shown with a mistake.
-      description: shown for --help, which ends the program.
+      description: shown for --help, with flags and leaves, which ends the program.
     Returns:
       The configuration, the values of the flags, and a name for file and argument.
     Raises:
       UserError: for a mistake in them.
     """
-    if {"--help", "-h", "--helpfull"} & set(argv):
-        print(description)
-        raise SystemExit(0)
+    values = flags.FlagValues()
+    define(values)
     if "--config" in argv[:-1]:  # written in two words
         place = argv.index("--config")
         argv = [*argv[:place], f"--config={argv[place + 1]}", *argv[place + 2 :]]
     given = [item for item in argv[1:] if re.match(r"--?config=", item)]
+    path, _, argument = (given or [""])[-1].partition("=")[2].partition(":")
+    config = _load(path, argument) if given else None
+    if {"--help", "-h", "--helpfull"} & set(argv):
+        print(f"{description}\nFlags:\n")
+        print("\n".join(f"  --{name}: {values[name].help}" for name in values))
+        if given:
+            print(f"\nLeaves of {path}:\n")
+            print("\n".join(f"  --config.{k}={v!r}" for k, v in _leaves(config).items()))
+        else:
+            print("\nTogether with --config=FILE, --help lists its leaves.")
+        raise SystemExit(0)
     if not given:
         raise names.UserError(f"--config is missing: {usage}")
-    path, _, argument = given[-1].partition("=")[2].partition(":")
-    config = _load(path, argument)
-    values = flags.FlagValues()
-    define(values)
     words = [argv[0], *(item for item in argv[1:] if item not in given)]
     try:
         sys.argv = words  # where config_flags reads the leaves, when the flag is defined
         flag = config_flags.DEFINE_config_dict("config", config, flag_values=values)
         rest = values(words)
     except (AttributeError, KeyError, TypeError, ValueError, flags.Error) as error:
-        leaves = _leaves(config.to_dict())
+        leaves = _leaves(config)
         for item in words[1:]:
             leaf = re.match(r"--config\.([^=]+)", item)
             if leaf and leaf.group(1) in config_lib.PARTS:
@@ -81,7 +88,7 @@ def _load(path: str, argument: str):
     except Exception as error:
         missing = re.search(r'Key "([^"]+)" does not exist', str(error))
         if missing:  # in the locked configuration that `config.base` returns
-            leaves = _leaves(config_lib.base().to_dict())
+            leaves = _leaves(config_lib.base())
             raise names.unknown(f"leaf of config file {path!r},", missing[1], leaves) from error
         text = " ".join(str(error).split())
         raise names.UserError(
@@ -90,8 +97,5 @@ def _load(path: str, argument: str):
         ) from error
 
 
-def _leaves(tree: dict, prefix: str = "") -> list[str]:
-    found = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [prefix + key]
-    return found
+def _leaves(config: ConfigDict) -> dict:
+    return traverse_util.flatten_dict(config.to_dict(), sep=".")

@@ -18,7 +18,6 @@ from pkkd_jax.ops import adder
 from pkkd_jax.state import DistillState
 
 CHOICES = {
-    "dtype": ("float32", "bfloat16"),
     "teacher.mode": ("progressive", "fixed", "snapshot", "none"),
     "teacher.which": ("student", "teacher"),
 }

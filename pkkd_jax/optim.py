@@ -75,6 +75,7 @@ def optimiser(name: str) -> Callable[..., optax.GradientTransformation]:
         key
         for key, value in vars(optax).items()
         if inspect.isfunction(value)
+        and not key.startswith("_")
         and next(iter(inspect.signature(value).parameters), None) == "learning_rate"
     }
     if name not in found:

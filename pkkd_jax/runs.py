@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pkkd_jax.names import UserError
+from pkkd_jax.names import UserError, unknown
+
+DTYPES = ("float32", "bfloat16")  # of a computation
 
 # What a configuration always has, and is asked for here and by those who read one.
 LEAVES = ("num_classes", "dtype", "batch_size", "seed", "workers", "max_damaged", "distill")
@@ -55,6 +57,8 @@ def network_arguments(config: dict, which: str) -> dict | None:
     if which == "teacher" and config["teacher"]["mode"] == "snapshot":
         which = "student"
     own = {k: v for k, v in config[which].items() if k not in ("mode", "run_dir", "which")}
+    if config["dtype"] not in DTYPES:
+        raise unknown("config.dtype", config["dtype"], DTYPES)
     if config["dtype"] != "float32":  # a model of the user's own need not have the field
         own["dtype"] = config["dtype"]
     return {**own, "num_classes": config["num_classes"]}

@@ -348,6 +348,15 @@ def test_the_config_file_may_be_a_word_of_its_own():
     assert main.parse(words)[0] == main.parse(line)[0]
 
 
+def test_help_shows_flags_and_the_leaves_of_a_config_file(capsys):
+    for line, shown in ((["--help"], "--workdir"), (["--help", "--config", QUICKSTART],
+                        "--config.distill.pkkd.taps='auto'")):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            main.main(["main", *line])
+        assert not end.value.code
+        assert shown in capsys.readouterr().out
+
+
 def test_no_config_is_one_clear_line(capsys):
     assert main.main(["main"]) == 2
     assert "--config is missing" in capsys.readouterr().err
