@@ -9,17 +9,17 @@ from experiments import l2_to_l1
 from pkkd_jax import nn
 
 
-@pytest.mark.parametrize(("updates", "share"), [(0, 0.0), (3, 0.75), (4, 1.0), (9, 1.0)])
-def test_the_response_goes_from_squared_to_absolute_distances(updates, share):
+@pytest.mark.parametrize(("passes", "share"), [(0, 0.0), (3, 0.75), (4, 1.0), (9, 1.0)])
+def test_the_response_goes_from_squared_to_absolute_distances(passes, share):
     layer = l2_to_l1.AdderConv(5, 3, 2, bias_init=linen.initializers.normal(), steps=4)
     x = jax.random.normal(jax.random.key(0), (2, 7, 6, 3))
     variables = layer.init(jax.random.key(1), x)
-    assert variables["batch_stats"]["updates"] == 0
-    stats = {"updates": np.float32(updates)}
+    assert variables["batch_stats"]["passes"] == 0
+    stats = {"passes": np.float32(passes)}
     got, after = layer.apply(
         {"params": variables["params"], "batch_stats": stats}, x, mutable=["batch_stats"]
     )
-    assert after["batch_stats"]["updates"] == updates + 1
+    assert after["batch_stats"]["passes"] == passes + 1
     w, bias = (np.float64(variables["params"][name]) for name in ("filters", "bias"))
     padded = np.pad(np.float64(x), ((0, 0), (1, 1), (0, 1), (0, 0)))
     for n, i, j, o in np.ndindex(got.shape):
