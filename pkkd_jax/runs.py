@@ -1,10 +1,10 @@
 """What a run directory says of itself, read without importing or executing anything it names."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+from pkkd_jax import distill
 from pkkd_jax.names import UserError, unknown
 
 DTYPES = ("float32", "bfloat16")  # of a computation
@@ -76,13 +76,7 @@ def refuse_outside(run_dir: str | Path, config: dict, parts: Iterable[str], reme
       UserError: at the first dotted name.
     """
     for part in parts:
-        if part == "distill":
-            found = _losses(config[part])
-        else:
-            networks = part in ("student", "teacher")
-            arguments = network_arguments(config, part) if networks else config[part]
-            found = [str((arguments or {}).get(key, "")) for key in ("name", "conv")]
-        for name in found:
+        for name in _names(config, part):
             if "." in name:
                 raise UserError(
                     f"{name!r} in config.{part} of {str(run_dir)!r} is from outside the package:"
@@ -90,9 +84,11 @@ def refuse_outside(run_dir: str | Path, config: dict, parts: Iterable[str], reme
                 )
 
 
-def _losses(part: Any, name: str = "") -> list[str]:
-    """What `distill.build` resolves."""
-    if not isinstance(part, dict) or (name and "weight" in part):
-        return [name]
-    prefix = f"{name}." if name else ""
-    return [found for key, value in part.items() for found in _losses(value, f"{prefix}{key}")]
+def _names(config: dict, part: str) -> Iterator[str]:
+    """What building a part of a configuration resolves."""
+    if part == "distill":
+        yield from (name for name, _ in distill.named(config[part]))
+        return
+    networks = part in ("student", "teacher")
+    arguments = network_arguments(config, part) if networks else config[part]
+    yield from (str((arguments or {}).get(key, "")) for key in ("name", "conv"))

@@ -84,6 +84,7 @@ def train_and_evaluate(
     sizes = len(built.splits.train), len(built.splits.test)
     distributed.require_same(str(sizes), "number of examples")
     checkpoints = found = results = None
+    begun = 0  # the steps that are done
     with contextlib.ExitStack() as at_exit:
         watchdog = at_exit.enter_context(contextlib.closing(stopping.Watchdog(config.watchdog_s)))
         if writes:
@@ -94,8 +95,10 @@ def train_and_evaluate(
             )
             at_exit.callback(checkpoints.close)
             found = checkpoints.newest()
-            if not found or found[0] == built.total_steps:
+            begun = found[0] if found else 0
+            if begun in (0, built.total_steps):
                 results = metrics.read_json(workdir / "results.json")
+                begun = built.total_steps if results else begun
             if found and built.teacher_variables is not None:
                 teacher = built.config["teacher"]["run_dir"]
                 workdirs.require_same_teacher(
@@ -103,11 +106,8 @@ def train_and_evaluate(
                 )
             arguments = runs.network_arguments(built.config, "student")
             costs, cost_line = cost.described(arguments, built.splits.train.image_shape)
-            begun = built.total_steps if results else found[0] if found else 0
             at_start(experiment.describe(built, begun, workdir, cost_line))
-        step, done = distributed.from_first(
-            np.array([found[0] if found else 0, results is not None], np.int32)
-        )
+        step, done = distributed.from_first(np.array([begun, results is not None], np.int32))
         if not done:
             state, writer = built.initial_state(), None
             if found:

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pkkd_jax import names
-from pkkd_jax.data.arrays import ArraySource, Part
+from pkkd_jax.data.arrays import ATTRIBUTES, ArraySource, Part
 from pkkd_jax.data.augment import AUGMENTATIONS, augment, normalise
 from pkkd_jax.data.pipeline import (
     Damage,
@@ -89,7 +89,7 @@ def build_source(
         not there or too many of its examples cannot be read.
     """
     source = open_source(split, name=name, validation=validation, **arguments)
-    for attribute in ("num_classes", "image_shape", "mean", "std", "augmentation"):
+    for attribute in ATTRIBUTES:
         if not hasattr(source, attribute):
             raise names.UserError(f"data set {name!r} has no {attribute!r}: see data.Source")
     if not len(source):  # the first that needs the files

@@ -4,6 +4,8 @@ import dataclasses
 
 import numpy as np
 
+ATTRIBUTES = ("num_classes", "image_shape", "mean", "std", "augmentation")  # of a `data.Source`
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ArraySource:
@@ -41,7 +43,7 @@ class Part:
 
     def __init__(self, source, indices: np.ndarray):
         self._source, self._indices = source, indices
-        for name in ("num_classes", "image_shape", "mean", "std", "augmentation"):
+        for name in ATTRIBUTES:
             setattr(self, name, getattr(source, name))
 
     def __len__(self) -> int:

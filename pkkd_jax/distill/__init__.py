@@ -3,7 +3,7 @@
 A user's own loss is the dotted path of a function that returns a `Distiller`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -109,17 +109,14 @@ def schedule(
     return weight
 
 
-def build(
-    losses: Mapping[str, Any], total_steps: int, module: str = ""
-) -> dict[str, tuple[float | optax.Schedule, Distiller]]:
-    """Builds `config.distill`: maps each name to its weight or that by step, and its `Distiller`.
+def named(losses: Mapping[str, Any], module: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields name and keywords of each loss of `config.distill`.
 
     A dict without a weight is a module, the first part of a dotted name.
 
     Raises:
-      UserError: for an unknown loss or keyword; the message has the nearest right one.
+      UserError: when it comes to what is no loss.
     """
-    built: dict[str, tuple[float | optax.Schedule, Distiller]] = {}
     for key, arguments in losses.items():
         name = module + key
         if not isinstance(arguments, Mapping) or not arguments:
@@ -127,9 +124,22 @@ def build(
                 f"config.distill.{name}={arguments!r}: a loss has a weight, for example"
                 " {'weight': 1.0}, beside its own keywords"
             )
-        if "weight" not in arguments:
-            built |= build(arguments, total_steps, f"{name}.")
-            continue
+        if "weight" in arguments:
+            yield name, arguments
+        else:
+            yield from named(arguments, f"{name}.")
+
+
+def build(
+    losses: Mapping[str, Any], total_steps: int
+) -> dict[str, tuple[float | optax.Schedule, Distiller]]:
+    """Builds `config.distill`: maps each name to its weight or that by step, and its `Distiller`.
+
+    Raises:
+      UserError: for an unknown loss or keyword; the message has the nearest right one.
+    """
+    built: dict[str, tuple[float | optax.Schedule, Distiller]] = {}
+    for name, arguments in named(losses):
         weight = schedule(total_steps, **{k: v for k, v in arguments.items() if k in WEIGHT})
         keywords = {key: value for key, value in arguments.items() if key not in WEIGHT}
         built[name] = weight, names.call("pkkd_jax.distill", name, "loss", **keywords)
