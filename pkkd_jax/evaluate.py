@@ -12,10 +12,9 @@ import inspect
 import json
 import sys
 
-import flax
 import jax
-import numpy as np
 from absl import logging
+from flax import linen, traverse_util
 
 from pkkd_jax import checkpoint, data, devices, evaluation, experiment, models, names, runs
 
@@ -46,6 +45,63 @@ def evaluate(
     Raises:
       UserError: if there is no such run, step or data set.
     """
+    config, splits = _read(run_dir, data_name, data_dir, batch_size, split, trust)
+    networks, variables = {}, {}
+    for which in ("student", "teacher"):
+        if runs.network_arguments(config, which) is not None:
+            networks[which], found = _network(run_dir, config, which, step, splits, trust)
+            variables[which] = devices.replicate(found)
+    if config["num_classes"] != splits.train.num_classes:
+        raise names.UserError(
+            f"data set {data_name or config['data']['name']!r} has {splits.train.num_classes}"
+            f" classes, the networks {config['num_classes']}"
+        )
+    recalibrate_batches = config["eval"]["recalibrate_batches"]
+    return evaluation.evaluate_networks(networks, variables, splits, recalibrate_batches, {})
+
+
+def calibrated(
+    run_dir: str,
+    which: str = "student",
+    step: str | int = "last",
+    data_dir: str = "",
+    trust: bool = False,
+) -> tuple[linen.Module, dict]:
+    """One trained network as its figures are: with recalibrated statistics of BatchNorm.
+
+    `checkpoint.load_network` needs no data set, and gives the running statistics of the training.
+
+    Args:
+      run_dir: a directory that a training wrote.
+      which: "student" or "teacher".
+      step: "last", "best" or a saved step.
+      data_dir: where the data set's files are; the run's own place if "".
+      trust: whether networks and data from outside the package, which the run names, are imported.
+    Returns:
+      `(model, variables)`: `model.apply(variables, images, train=False)` gives `Outputs` for images
+      that are normalised as in training, by `data.normalise` with the source's mean and std.
+    Raises:
+      UserError: if there is no such run, network, step or data set.
+    """
+    config, splits = _read(run_dir, data_dir=data_dir, trust=trust)
+    model, found = _network(run_dir, config, which, step, splits, trust)
+    count = config["eval"]["recalibrate_batches"]
+    if count:
+        statistics = devices.pmap(evaluation.batch_statistics(model, splits.augmentation))
+        networks = {which: (statistics, devices.replicate(found))}
+        found = evaluation.recalibrate(networks, splits.train_batches(0, count))[which]
+    return model, jax.device_get(found)
+
+
+def _read(
+    run_dir: str,
+    data_name: str = "",
+    data_dir: str = "",
+    batch_size: int = 0,
+    split: str = "test",
+    trust: bool = False,
+) -> tuple[dict, experiment.Splits]:
+    """The configuration of a run and its data; arguments as of `evaluate`."""
     if batch_size < 0:
         raise names.UserError(f"{batch_size=}: it must be 0 (the run's own) or more")
     config = runs.read_config(run_dir)
@@ -69,35 +125,33 @@ def evaluate(
     judged = train if split == "train" else data.build_source(split, damage, **arguments)
     size = batch_size or config["batch_size"]
     size = -(-size // jax.device_count()) * jax.device_count()
-    splits = experiment.Splits(
-        train, judged, split, size, config["seed"], config["workers"], damage
-    )
-    networks, variables = {}, {}
-    for which in ("student", "teacher"):
-        keywords = runs.network_arguments(config, which)
-        if keywords is not None:
-            model = models.build(**keywords) if trust else None
-            networks[which], found = checkpoint.load_network(run_dir, which, step, model)
-            _check_images(networks[which], found, splits.train.image_shape, arguments["name"])
-            variables[which] = devices.replicate(found)
-    if config["num_classes"] != splits.train.num_classes:
+    seed, workers = config["seed"], config["workers"]
+    return config, experiment.Splits(train, judged, split, size, seed, workers, damage)
+
+def _network(
+    run_dir: str, config: dict, which: str, step: str | int, splits: experiment.Splits, trust: bool
+) -> tuple[linen.Module, dict]:
+    """A network of a run, which must fit its checkpoint and the images of `splits`."""
+    keywords = runs.network_arguments(config, which)
+    model = models.build(**keywords) if trust and keywords else None
+    model, found = checkpoint.load_network(run_dir, which, step, model)
+    wanted = checkpoint.variables(experiment.shapes(model, splits.train.image_shape))
+    wanted, flat = (traverse_util.flatten_dict(tree, sep="/") for tree in (wanted, found))
+    if wanted.keys() != flat.keys():
         raise names.UserError(
-            f"data set {arguments['name']!r} has {splits.train.num_classes} classes, the networks"
-            f" {config['num_classes']}"
+            f"the checkpoint's {which} is of another architecture than the configuration in"
+            f" {run_dir!r}: {min(wanted.keys() ^ flat.keys())} is in one of them only; restore"
+            " config.json, or the code of a network of your own"
         )
-    recalibrate_batches = config["eval"]["recalibrate_batches"]
-    return evaluation.evaluate_networks(networks, variables, splits, recalibrate_batches, {})
-
-
-def _check_images(model, variables, shape: tuple[int, ...], name: str) -> None:
-    images = jax.ShapeDtypeStruct((1, *shape), np.float32)
-    try:
-        jax.eval_shape(lambda v, x: model.apply(v, x, train=False), variables, images)
-    except flax.errors.ScopeParamShapeError as error:
-        raise names.UserError(
-            f"data set {name!r} has images of {'x'.join(map(str, shape))}, on which the network was"
-            " not trained: choose one whose images have the same shape"
-        ) from error
+    for key, array in flat.items():
+        if array.shape != wanted[key].shape:
+            raise names.UserError(
+                f"the checkpoint's {which} does not fit images of"
+                f" {'x'.join(map(str, splits.train.image_shape))}: {key} is {array.shape} in the"
+                f" checkpoint, and would be {wanted[key].shape}; choose a data set whose images"
+                " have the shape of those it was trained on"
+            )
+    return model, found
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -211,11 +211,11 @@ def build(config: ConfigDict) -> Experiment:
 
 
 def _count_parameters(model: linen.Module, image_shape: tuple[int, ...]) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(_shapes(model, image_shape)["params"]))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes(model, image_shape)["params"]))
 
 
-def _shapes(model: linen.Module, image_shape: tuple[int, ...]) -> dict:
-    """Traces `model`, which refuses images that it cannot take."""
+def shapes(model: linen.Module, image_shape: tuple[int, ...]) -> dict:
+    """Shapes of the variables of `model`, which refuses images that it cannot take."""
     images = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
@@ -269,7 +269,7 @@ def _fixed_teacher(config: dict, model: linen.Module, image_shape: tuple[int, ..
             " that trained the teacher"
         )
     if not distributed.first():  # which alone needs the directory
-        variables = dict(_shapes(model, image_shape))
+        variables = dict(shapes(model, image_shape))
         return distributed.from_first(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), variables))
     theirs = runs.network_arguments(runs.read_config(run_dir), which)
     if theirs:
@@ -307,6 +307,10 @@ def describe(experiment: Experiment, step: int, workdir: Path, cost_line: str) -
         first, last = (f"{float(by_step(step)):g}" for step in (0, experiment.total_steps))
         return first if first == last else f"{first}..{last}"
 
+    losses = f"{config['alpha']:g} CE"
+    losses += "".join(f" + {weight(name)} {name}" for name in experiment.recipe.losses)
+    if experiment.recipe.teacher is not None and not experiment.recipe.losses:
+        losses += ", nothing from the teacher (config.teacher.mode=none leaves it out)"
     kinds = sorted({d.device_kind for d in jax.devices()})
     return {
         "devices": f"{jax.device_count()} {jax.default_backend()} ({', '.join(kinds)}),"
@@ -318,8 +322,7 @@ def describe(experiment: Experiment, step: int, workdir: Path, cost_line: str) -
         "student": network("student"),
         "teacher": network("teacher"),
         "cost": cost_line,
-        "losses": f"{config['alpha']:g} CE"
-        + "".join(f" + {weight(name)} {name}" for name in experiment.recipe.losses),
+        "losses": losses,
         "steps": f"{experiment.total_steps:,} of {config['batch_size']} images"
         f" ({experiment.total_steps * config['batch_size'] / len(train):.1f} epochs),"
         f" {config['dtype']}",

@@ -1,5 +1,6 @@
 """Layers: what the models, and a user's own, are made of."""
 
+import inspect
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -200,10 +201,19 @@ def convolution(name: str) -> Callable[..., linen.Module]:
         called with the keywords of `linen.Conv`; its attribute `activation`, if there, replaces
         ReLU.
     Raises:
-      UserError: if there is no such name.
+      UserError: if there is no such name, or what it names cannot be called so.
     """
     if "." in name:
-        return names.resolve(__package__, name, "convolution")
+        layer = names.resolve(__package__, name, "convolution")
+        given = ("features", "kernel_size", "strides", "padding", "use_bias", "dtype", "name")
+        try:
+            inspect.signature(layer).bind(**dict.fromkeys(given))
+        except (TypeError, ValueError) as error:
+            raise names.UserError(
+                f"convolution {name!r} is not called as linen.Conv is ({error}): name a layer that"
+                f" takes {', '.join(given)}"
+            ) from error
+        return layer
     if name not in CONVOLUTIONS:
         raise names.unknown("convolution", name, CONVOLUTIONS)
     return CONVOLUTIONS[name]

@@ -8,7 +8,17 @@ import pytest
 from PIL import Image
 from trainings import MINE, QUICKSTART, ROOT, SHORT, command, final
 
-from pkkd_jax import checkpoint, evaluate, experiment, main, metrics, provenance, train, workdirs
+from pkkd_jax import (
+    checkpoint,
+    data,
+    evaluate,
+    experiment,
+    main,
+    metrics,
+    provenance,
+    train,
+    workdirs,
+)
 from pkkd_jax.names import UserError
 from pkkd_jax.ops import cpu
 
@@ -154,6 +164,27 @@ def test_a_network_is_loaded_from_a_run(finished):
         checkpoint.load_network(workdir, step=5)
 
 
+def test_a_calibrated_network_has_the_figures_of_the_results(finished):
+    workdir, _ = finished
+    test = data.build_source("test", name="digits")
+    images = data.normalise(test.images, test.mean, test.std)
+    for which in ("student", "teacher"):
+        model, variables = evaluate.calibrated(workdir, which)
+        best = model.apply(variables, images, train=False).logits.argmax(-1)
+        wanted = final(workdir)[2][f"test/{which}/accuracy"]
+        assert (best == test.labels).mean() == pytest.approx(wanted, abs=0.01)
+
+
+def test_a_network_that_is_not_the_checkpoints_is_one_clear_line(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(path.read_text().replace('"depth": 8', '"depth": 14'))
+    assert evaluate.main([str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "stage1_block2" in error
+    assert error.count("\n") == 1
+
+
 def test_a_fixed_teacher_is_used_as_it_was_trained(finished, tmp_path):
     workdir = tmp_path / "run"
     fixed = [
@@ -244,6 +275,7 @@ MISTAKES = {
     "data set in the argument": ([f"--config={QUICKSTART}:data=digit"], "did you mean 'digits'"),
     "model": (["--config.student.name=resnet_cifra"], "did you mean 'resnet_cifar'"),
     "convolution": (["--config.student.conv=addr"], "did you mean 'adder'"),
+    "convolution that is none": (["--config.student.conv=math.sin"], "'math.sin' is not called as"),
     "data set": (["--config.data.name=digit"], "did you mean 'digits'"),
     "loss": ([f"--config={QUICKSTART}:distill=pkdd"], "did you mean 'pkkd'"),
     "optimiser": (["--config.optim.name=sdg"], "did you mean 'sgd'"),
