@@ -24,8 +24,8 @@ def _published() -> dict:
     return tomllib.loads((HERE / "published.toml").read_text())
 
 
-def published(table: str, row: str, column: str) -> list[tuple[float, str]]:
-    """Published accuracies in percent, each with the key of its source."""
+def published(table: str, row: str, column: str) -> list[tuple]:
+    """Published accuracies in percent, each with the key of its source and maybe top-5 accuracy."""
     figures = _published()
     return [tuple(each) for each in figures.get(table, {}).get(row, {}).get(column, [])]
 
@@ -43,29 +43,35 @@ def markdown(table: dict, found: dict, command: str) -> str:
     sources, lines = {}, []
     names = _published()["sources"]
     for column in table["columns"]:
+        known = {row: published(table["name"], row, column) for row in table["rows"]}
+        top5 = any(len(each) > 2 for figures in known.values() for each in figures)
         lines += [
-            f"**{column}**",
+            f"**{column}**" + ", top-5 in brackets" * top5,
             "",
             "| | KD added | accuracy, % | as trained, % | teacher, % | published, % | runs"
-            " | images/s |",
+            " | epoch, s |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for row in table["rows"]:
             cells = found[row, column]
-            figures = published(table["name"], row, column)
-            for _, source in figures:
+            for _, source, *_ in known[row]:
                 sources.setdefault(source, len(sources) + 1)
-            rates = [c["images_per_s"] for c in cells]
+            accuracy = _spread([c["accuracy"] for c in cells])
+            if accuracy and top5:
+                accuracy += f" ({_spread([c['top5'] for c in cells])})"
+            times = [c["epoch_s"] for c in cells]
             values = [
                 row,
-                ("yes" if cells[0]["kd"] else "no") if cells else "",
-                _spread([c["accuracy"] for c in cells])
-                or ("" if table["rows"][row]["published_only"] else "not run"),
+                table["rows"][row]["kd"],
+                accuracy or ("" if table["rows"][row]["published_only"] else "not run"),
                 _spread([c["uncalibrated"] for c in cells]),
                 _spread([c["teacher"] for c in cells]),
-                ", ".join(f"{value:.2f} [{sources[source]}]" for value, source in figures),
+                ", ".join(
+                    f"{value:.2f}{''.join(f' ({each:.2f})' for each in more)} [{sources[source]}]"
+                    for value, source, *more in known[row]
+                ),
                 str(len(cells)),
-                _spread(rates, 0) if len({c["device"] for c in cells}) == 1 else "",
+                _spread(times, 0) if len({c["device"] for c in cells}) == 1 else "",
             ]
             lines.append(f"| {' | '.join(values)} |")
         lines.append("")
@@ -75,8 +81,8 @@ def markdown(table: dict, found: dict, command: str) -> str:
         judges = sorted({f"{cell['judge']} images" for cell in every})
         text += [
             f"Accuracy of the student on {' or '.join(judges)}, BatchNorm's statistics recalibrated"
-            " (as trained: not); mean ± standard deviation over runs. Images a second where all"
-            " runs of a row were made on one device.",
+            " (as trained: not); mean ± standard deviation over runs. Seconds of an epoch's steps"
+            " without evaluation, by the median, where all runs of a row were made on one device.",
             "",
             _all("versions", (" ".join(map(" ".join, c["versions"].items())) for c in every)),
             _all("device", (cell["device"] for cell in every)),
@@ -111,7 +117,7 @@ def plot(table: dict, found: dict, path: Path) -> None:
                 spread = statistics.stdev(values) if len(values) > 1 else 0
                 mean = statistics.mean(values)
                 axes.errorbar(mean, y, xerr=spread, fmt="o", color=COLOURS["ours"])
-            for value, _ in published(table["name"], row, column):
+            for value, *_ in published(table["name"], row, column):
                 axes.plot(value, y, "D", mfc="none", color=COLOURS["published"])
         axes.set(xlabel=f"accuracy on {column} (%)", yticks=range(len(rows)), ylim=(len(rows), -1))
         axes.set_yticklabels(rows if column == columns[0] else [])

@@ -8,6 +8,7 @@ has checkpoints and its features were not looked at yet, they are, and features.
 
 import argparse
 import itertools
+import math
 import shlex
 import statistics
 import sys
@@ -115,9 +116,9 @@ def compare_time(better: list[dict], worse: list[dict], bound: float) -> tuple[s
     """How many times longer `better` takes for an image, and whether `bound` is kept."""
     if not better or not worse:
         return "", "not run"
-    if len({cell["device"] for cell in better + worse}) > 1:
-        return "", "not comparable: made on different devices"
     ours, theirs = (statistics.mean(c["fastest_images_per_s"] for c in s) for s in (better, worse))
+    if len({cell["device"] for cell in better + worse}) > 1 or math.isnan(ours + theirs):
+        return "", "not comparable: made on different devices"
     return f"{theirs / ours:.2f} times", "holds" if theirs / ours <= bound else "does not hold"
 
 

@@ -36,6 +36,8 @@ LONGEST = 255  # bytes that a directory's name may have
 def load(name: str) -> dict:
     """The table `name`: title, columns and rows, each row complete.
 
+    A row's "kd" says whether KD is added, "yes" or "no", and "" where it is only published.
+
     Raises:
       UserError: for an unknown table, or a row whose teacher is no row above it.
     """
@@ -52,7 +54,21 @@ def load(name: str) -> dict:
         if found["teacher"] and found["teacher"] not in rows:
             raise unknown(f"teacher of row {row['name']!r},", found["teacher"], rows)
         rows[row["name"]] = found
-    return {"name": name, "title": table["title"], "columns": table["columns"], "rows": rows}
+    table = {"name": name, "title": table["title"], "columns": table["columns"], "rows": rows}
+    cells = Cells(Path(), [], 0, "")
+    for row in rows.values():
+        row["kd"] = ""
+        if not row["published_only"]:
+            command = cells.command(table, row, table["columns"][0], 0)
+            row["kd"] = "yes" if _adds_kd(training.parse(command[2:])[0]) else "no"
+    return table
+
+
+def _adds_kd(config) -> bool:
+    kd = config.distill.get("kd")
+    if config.teacher.mode == "none" or not kd:
+        return False
+    return kd.weight > 0 or (kd.weight_schedule != "constant" and kd.final_weight > 0)
 
 
 def _slug(text: str) -> str:
@@ -123,6 +139,8 @@ def read(run_dir: Path) -> dict | None:
     judge = "validation" if config["data"]["validation"] else "test"
     rows = metrics.read(run_dir)
     rates = [row["train/images_per_s"] for row in rows if "train/images_per_s" in row]
+    if ", then " in results["device"]:  # it has no one rate
+        rates = []
     leaf = f"{judge}/student/accuracy"
     evaluated = {row["step"]: row for row in rows if leaf in row}
     keys = leaf, f"{leaf}_uncalibrated"
@@ -132,13 +150,13 @@ def read(run_dir: Path) -> dict | None:
             evaluated.items(), training_accuracy(rows, evaluated), strict=True
         )
     ]
-    kd = config["distill"].get("kd", {"weight": 0.0})
+    rate = statistics.median(rates) if rates else float("nan")
     return {
         "accuracy": 100 * results[leaf],
+        "top5": 100 * results[f"{judge}/student/top5"],
         "uncalibrated": 100 * results[f"{leaf}_uncalibrated"],
         "teacher": 100 * results.get(f"{judge}/teacher/accuracy", float("nan")),
-        "kd": config["teacher"]["mode"] != "none" and bool(kd["weight"]),
-        "images_per_s": statistics.median(rates) if rates else float("nan"),
+        "epoch_s": config["examples"]["train"] / rate,
         "fastest_images_per_s": np.quantile(rates, 0.9) if rates else float("nan"),
         "judge": judge,
         "curve": curve,

@@ -28,13 +28,16 @@ def base() -> ConfigDict:
     config.data = dict(name="cifar10", data_dir="", validation=0)
     config.max_damaged = 10  # examples that cannot be read and may be left out
     config.workers = 0  # processes that decode images; 0: threads of this one
-    config.student = dict(name="resnet_cifar", depth=20, conv="adder", dropout=0.0)
+    config.student = dict(
+        name="resnet_cifar", depth=20, width_multiplier=1.0, conv="adder", dropout=0.0
+    )
     config.teacher = dict(
         mode="progressive",  # or "fixed", "snapshot" (of the student, each cycle), "none"
         run_dir="",  # of a fixed teacher
         which="teacher",  # network of that run
         name="resnet_cifar",
         depth=20,
+        width_multiplier=1.0,
         conv="conv",
         dropout=0.0,
     )

@@ -91,7 +91,7 @@ def require_same(text: str, what: str) -> None:
     if from_first(mine) != mine:
         raise UserError(
             f"process {jax.process_index()} has another {what} than process 0: start all processes"
-            " with the same command"
+            " with the same command and data"
         )
 
 

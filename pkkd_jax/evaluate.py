@@ -128,6 +128,7 @@ def _read(
     seed, workers = config["seed"], config["workers"]
     return config, experiment.Splits(train, judged, split, size, seed, workers, damage)
 
+
 def _network(
     run_dir: str, config: dict, which: str, step: str | int, splits: experiment.Splits, trust: bool
 ) -> tuple[linen.Module, dict]:

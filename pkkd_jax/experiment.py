@@ -296,6 +296,8 @@ def describe(experiment: Experiment, step: int, workdir: Path, cost_line: str) -
             return f"the student at the end of the cycle before, {config['optim']['cycles']} cycles"
         leaves = config[name]
         text = f"{leaves['name']} {leaves.get('depth', '')}".strip()
+        if leaves.get("width_multiplier", 1.0) != 1.0:
+            text += f" of {leaves['width_multiplier']:g} times the width"
         text += f", conv={leaves.get('conv', 'conv')!r}"
         text += f", {experiment.parameters[name]:,} parameters"
         return text + (f", {leaves['mode']}" if "mode" in leaves else "")

@@ -1,5 +1,6 @@
 """Where results come from: versions, commit and device."""
 
+import itertools
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import jax
 
+from pkkd_jax import metrics
 from pkkd_jax.ops import adder
 
 
@@ -40,8 +42,34 @@ def processor() -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
+def history(run_dir: Path, step: int) -> dict:
+    """What `results.json` says of where a training was made, by all of its starts.
+
+    This start, at `step`, is added to those in `starts.json`.
+
+    Returns:
+      As `origin`; what changed on the way is "A, to step 1,000, then B".
+    """
+    path = run_dir / "starts.json"
+    starts = [each for each in metrics.read_json(path) or [] if each["step"] < step]
+    starts.append({"step": step, **origin()})
+    metrics.write_json(path, starts)
+
+    def along(values):
+        text = values[0]
+        for start, (before, now) in zip(starts[1:], itertools.pairwise(values), strict=True):
+            text += f", to step {start['step']:,}, then {now}" if now != before else ""
+        return text
+
+    names = starts[-1]["versions"]
+    return {
+        "versions": {name: along([each["versions"][name] for each in starts]) for name in names},
+        "device": along([each["device"] for each in starts]),
+    }
+
+
 def origin() -> dict:
-    """What `results.json` says of where the last start of a training was made."""
+    """Versions and device of this process."""
     versions = {name: metadata.version(name) for name in ("jax", "jaxlib", "flax", "optax")}
     device = f"{jax.device_count()} {jax.devices()[0].device_kind}"
     if jax.default_backend() == "cpu":

@@ -81,8 +81,8 @@ def train_and_evaluate(
     shared = json.dumps(shared, sort_keys=True)
     distributed.require_same(shared, "configuration")
     built = experiment.build(config)
-    sizes = len(built.splits.train), len(built.splits.test)
-    distributed.require_same(str(sizes), "number of examples")
+    labels = {**built.config["examples"], "pixel_mean": None}  # decoders differ
+    distributed.require_same(str(labels), "data set")
     checkpoints = found = results = None
     begun = 0  # the steps that are done
     with contextlib.ExitStack() as at_exit:
@@ -120,7 +120,8 @@ def train_and_evaluate(
                     cost.write(workdir, costs)
                 writer = metrics.Writer(workdir, int(step))
                 at_exit.callback(writer.close)
-            origin = provenance.origin()  # now: a commit may follow while the training runs
+            # Now: a commit may follow while the training runs.
+            origin = provenance.history(workdir, int(step)) if writes else provenance.origin()
             results = origin | _loop(
                 built, state, checkpoints, writer, watchdog, at_interval, at_signal, at_picture
             )

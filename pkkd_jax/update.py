@@ -37,7 +37,9 @@ class Recipe:
       seed: of augmentation and dropout.
       label_smoothing: share of the label spread over all classes, in both networks' cross-entropy.
       snapshots: steps after which the teacher becomes a copy of the student, ascending; the losses
-        begin after the first of them (snapshot distillation).
+        begin after the first of them. With a schedule whose cycles end there, a student learns from
+        itself at the end of the cycle before (Yang et al., Snapshot Distillation, CVPR 2019, who
+        smooth what the teacher says: KD's temperature).
     """
 
     student: linen.Module

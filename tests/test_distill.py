@@ -25,10 +25,10 @@ TAPS = [
 ]
 
 
-def outputs(seed, scale=1.0, offset=0.0):
+def outputs(seed, scale=1.0, offset=0.0, channels=3):
     keys = jax.random.split(jax.random.key(seed), len(TAPS) + 1)
     features = {
-        tap: scale * jax.random.normal(key, (6, 5, 4, 3)) - offset
+        tap: scale * jax.random.normal(key, (6, 5, 4, channels)) - offset
         for tap, key in zip(TAPS, keys, strict=False)
     }
     return Outputs(jax.random.normal(keys[-1], (6, 10)), features)
@@ -59,9 +59,10 @@ def standardise(z):
     return (z - mean) / np.sqrt(variance + 1e-5)
 
 
+@pytest.mark.parametrize("channels", [2, 3, 5])
 @pytest.mark.parametrize("kernel", [True, False])
-def test_pkkd_equals_float64_formulation(kernel):
-    student, teacher = outputs(0, 20.0, 300.0), outputs(1)
+def test_pkkd_equals_float64_formulation(kernel, channels):
+    student, teacher = outputs(0, 20.0, 300.0), outputs(1, channels=channels)
     loss_function = pkkd(taps="stage_ends", kernel=kernel)
     params = loss_function.init(jax.random.key(0), student, teacher)
     wanted = []
@@ -70,7 +71,7 @@ def test_pkkd_equals_float64_formulation(kernel):
         if kernel:
             a = np.exp(a / np.abs(a).mean())  # 2 sigma_a^2 = mean |z_a|
             c = np.exp(c / c.std())
-        a = standardise(standardise(a) @ np.eye(3))
+        a = standardise(standardise(a) @ np.eye(3, channels))
         wanted.append(((a - standardise(c)) ** 2).mean())
     loss, metrics = loss_function.apply(params, student, teacher, None)
     np.testing.assert_allclose(loss, np.mean(wanted), rtol=1e-4)

@@ -33,6 +33,7 @@ SHAPES = {
     "stage2.block2.out": (8, 3, 2, 7),
     "penultimate": (8, 7),
 }
+WIDER = {tap: (*shape[:-1], shape[-1] + 4) for tap, shape in SHAPES.items()}
 STAGES = ("stage1.block2.out", "stage2.block2.out")
 METHODS = {
     "kd": kd,
@@ -165,6 +166,26 @@ def test_it_equals_the_float64_formulation(method, wanted):
     np.testing.assert_allclose(
         value(method(), student, teacher), wanted(student, teacher), rtol=2e-5
     )
+    if method is not fsp:  # which compares channel by channel
+        wider = outputs(1, WIDER)
+        np.testing.assert_allclose(
+            value(method(), student, wider), wanted(student, wider), rtol=2e-5
+        )
+
+
+def test_fsp_refuses_a_wider_teacher():
+    with pytest.raises(UserError, match=r"stage1.block1.out.*\[8, 5, 3, 6\].*\[8, 5, 3, 10\]"):
+        fsp().apply({}, outputs(0), outputs(1, WIDER), None)
+
+
+def test_fitnets_is_zero_where_the_regressor_gives_the_teachers_features():
+    student, mix = outputs(0), jnp.float32(np.random.default_rng(1).normal(size=(7, 11)))
+    stage = {"stage2.block2.out": student.features["stage2.block2.out"] @ mix + 3}
+    teacher = Outputs(student.logits, {**outputs(1, WIDER).features, **stage})
+    distiller = fitnets("stage2.block2.out")
+    params = {"stage2.block2.out": {"kernel": mix, "bias": jnp.full(11, 3.0)}}
+    assert distiller.apply(params, student, teacher, None)[0] < 1e-10
+    assert value(distiller, student, teacher) > 0.1
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "fitnets"])

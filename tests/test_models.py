@@ -301,6 +301,22 @@ def test_a_cifar_depth_that_is_not_6n_plus_2_gets_its_neighbours(depth, near):
         make("resnet_cifar", depth)
 
 
+@pytest.mark.parametrize(("name", "depth", "shape"), MODELS[:3])
+@pytest.mark.parametrize("multiplier", [0.5, 2.0])
+def test_a_width_multiplier_is_that_of_all_channels(name, depth, shape, multiplier):
+    def channels(**fields):
+        images = jax.ShapeDtypeStruct(shape, jnp.float32)
+        model = make(name, depth, **fields)
+        found = jax.eval_shape(lambda x: model.init_with_output(KEY, x, train=False)[0], images)
+        return {tap: x.shape[-1] for tap, x in found.features.items()}
+
+    plain = channels()
+    wanted = {tap: multiplier * count for tap, count in plain.items()}
+    assert channels(width_multiplier=multiplier) == wanted
+    with pytest.raises(UserError, match=r"width_multiplier=0.001 .* one at least must be left"):
+        channels(width_multiplier=0.001)
+
+
 def test_an_unknown_imagenet_depth_gets_the_known_ones():
     with pytest.raises(UserError, match=r"depth 20 .* 18, 34, 50, 101, 152"):
         make("resnet_imagenet", 20)

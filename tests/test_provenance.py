@@ -27,6 +27,20 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
     assert provenance.version() == version
 
 
+def test_a_training_that_goes_on_elsewhere_names_both_places(tmp_path, monkeypatch):
+    def start(step, device, commit):
+        found = {"versions": {"jax": "0.1", "pkkd_jax": commit}, "device": device}
+        monkeypatch.setattr(provenance, "origin", lambda: found)
+        return provenance.history(tmp_path, step)
+
+    assert start(0, "gpu", "a") == {"versions": {"jax": "0.1", "pkkd_jax": "a"}, "device": "gpu"}
+    assert start(0, "tpu", "a")["device"] == "tpu"  # nothing was saved of the first
+    assert start(1200, "tpu", "b")["versions"]["pkkd_jax"] == "a, to step 1,200, then b"
+    found = start(2000, "cpu", "b")
+    assert found["device"] == "tpu, to step 2,000, then cpu"
+    assert found["versions"] == {"jax": "0.1", "pkkd_jax": "a, to step 1,200, then b"}
+
+
 @pytest.mark.skipif(
     not hasattr(os, "sched_getaffinity"), reason="processes cannot be held to cores"
 )

@@ -51,11 +51,12 @@ def cell(**changes):
 def test_each_quantity_has_its_own_comparison():
     cells = {"a": [cell()], "b": [cell(fastest_images_per_s=150.0)], "none": []}
     cells["c"] = [cell(features=None, device="1 gpu")]
+    cells["moved"] = [cell(fastest_images_per_s=float("nan"))]
     time = {"quantity": "time", "better": "a", "worse": ["b"], "bound": 1.2}
     assert results.check(time, cells) == [("a / b", "1.50 times", "does not hold")]
     assert results.check({**time, "bound": 1.6}, cells)[0][2] == "holds"
-    verdicts = [line[2] for line in results.check({**time, "worse": ["c", "none"]}, cells)]
-    assert verdicts == ["not comparable: made on different devices", "not run"]
+    verdicts = [line[2] for line in results.check({**time, "worse": ["c", "moved", "none"]}, cells)]
+    assert verdicts == ["not comparable: made on different devices"] * 2 + ["not run"]
     assert results.check({"quantity": "filters", "better": "a"}, cells) == [
         ("student's layers", "3 laplace, 1 gauss", "holds"),
         ("teacher's layers", "3 laplace, 1 gauss", "does not hold"),
@@ -103,7 +104,7 @@ def test_results_say_what_is_there_and_what_is_not(tmp_path, monkeypatch, capsys
     with_kernel, without = (100 * found["test/student/accuracy"] for found in accuracies)
     assert f"| {with_kernel - without:+.2f} |" in text
     assert f"| kernel, progressive | yes | {with_kernel:.2f} |" in text
-    assert "| kernel, fixed |  | not run |" in text
+    assert "| kernel, fixed | yes | not run |" in text
     assert (out / "results-response5-10-epochs-curves.png").stat().st_size > 10_000
     assert "(cells/results-response5-10-epochs-curves.png)" in text
 

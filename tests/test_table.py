@@ -19,7 +19,7 @@ SHORT = ["--config.steps=4", "--config.batch_size=16", "--config.eval.recalibrat
 
 
 def cell(**changes):
-    figures = dict(accuracy=91.0, uncalibrated=90.0, teacher=93.0, kd=True, images_per_s=100.0)
+    figures = dict(accuracy=91.0, uncalibrated=90.0, teacher=93.0, top5=99.0, epoch_s=100.0)
     origin = dict(judge="test", steps=4, wall_s=60.0, versions={"jax": "0"}, device="1 cpu")
     return {**figures, **origin, "batch_size": 16, **changes}
 
@@ -47,7 +47,7 @@ def test_every_published_figure_has_a_row_and_a_source():
     for name, rows in figures.items():
         for row, columns in rows.items():
             assert row in table.load(name)["rows"]
-            assert all(source in sources for each in columns.values() for _, source in each)
+            assert all(source in sources for each in columns.values() for _, source, *_ in each)
 
 
 def test_a_row_that_is_only_published_has_no_cell_of_its_configuration():
@@ -145,7 +145,7 @@ def test_means_and_deviations_stand_beside_what_was_published():
     lines = report.markdown(found, cells, "command").splitlines()
     row = next(line for line in lines if line.startswith("| ResNet-20, PKKD"))
     assert row == (
-        "| ResNet-20, PKKD | yes | 91.50 ± 0.71 | 90.00 ± 0.00 | 93.00 ± 0.00 | 92.96 [2] | 2"
+        "| ResNet-20, PKKD | yes | 91.50 ± 0.71 | 90.00 ± 0.00 | 93.00 ± 0.00 | 92.96 [3] | 2"
         " | 100 ± 0 |"
     )
 
@@ -153,14 +153,23 @@ def test_means_and_deviations_stand_beside_what_was_published():
 def test_no_mean_speed_of_different_devices_is_shown():
     found = table.load("main1")
     cells = {(row, column): [] for row in found["rows"] for column in found["columns"]}
-    cells["ResNet-20, PKKD", "cifar10"] = [cell(), cell(device="1 gpu", images_per_s=900.0)]
+    cells["ResNet-20, PKKD", "cifar10"] = [cell(), cell(device="1 gpu", epoch_s=9.0)]
     lines = report.markdown(found, cells, "command").splitlines()
     row = next(line for line in lines if line.startswith("| ResNet-20, PKKD"))
     assert row.endswith(" | 2 |  |")
 
 
+def test_top5_stands_behind_accuracy_where_it_is_published():
+    found = table.load("main2")
+    cells = {(row, "imagenet2012"): [] for row in found["rows"]}
+    cells["ResNet-18, PKKD", "imagenet2012"] = [cell(accuracy=60.0, top5=80.0)]
+    text = report.markdown(found, cells, "command")
+    assert "**imagenet2012**, top-5 in brackets" in text
+    assert "| ResNet-18, PKKD | yes | 60.00 (80.00) | 90.00 | 93.00 | 68.80 (88.60) [1] |" in text
+
+
 def test_sources_that_differ_both_stand(monkeypatch):
-    both = [(92.0, "adder_readme"), (93.0, "later")]
+    both = [(92.0, "adder_readme"), (93.0, "addernet")]
     monkeypatch.setattr(report, "published", lambda *_: both)
     found = table.load("methods")
     cells = {(row, "cifar10"): [cell()] for row in found["rows"]}

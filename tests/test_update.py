@@ -9,8 +9,15 @@ import optax
 import pytest
 
 from pkkd_jax import devices, models, optim, update
+from pkkd_jax.distill.attention import attention_transfer
+from pkkd_jax.distill.correlation import correlation_congruence
+from pkkd_jax.distill.fitnets import fitnets
+from pkkd_jax.distill.fsp import fsp
 from pkkd_jax.distill.kd import kd
 from pkkd_jax.distill.pkkd import pkkd
+from pkkd_jax.distill.pkt import pkt
+from pkkd_jax.distill.relational import relational
+from pkkd_jax.distill.similarity import similarity_preserving
 
 AUGMENTATION = dict(augmentation="crop_flip", mean=(120.0,) * 3, std=(60.0,) * 3)
 
@@ -148,6 +155,21 @@ def test_teacher_ignores_student():
     state, _ = run(recipe(alpha=3.0), state)
     assert differs(state.student.params, one_device()[0].student.params)
     assert_equal(state.teacher, one_device()[0].teacher)
+
+
+def test_the_teacher_learns_the_same_whatever_is_distilled():
+    losses = {
+        "fitnets": fitnets(),
+        "attention_transfer": attention_transfer(),
+        "similarity_preserving": similarity_preserving(),
+        "fsp": fsp("stage1.block1.conv1>stage1.block1.out"),
+        "relational": relational(),
+        "pkt": pkt(),
+        "correlation_congruence": correlation_congruence(),
+    }
+    others = recipe(losses={name: (10.0, loss) for name, loss in losses.items()})
+    state = jax.device_get(update.init_state(others, examples()[0]))
+    assert_close(run(others, state)[0].teacher, one_device()[0].teacher, 1e-6)
 
 
 def test_without_distillation_weight_the_student_ignores_the_teacher():

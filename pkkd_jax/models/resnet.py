@@ -26,6 +26,7 @@ def resnet_cifar(
     *,
     num_classes: int,
     depth: int = 20,
+    width_multiplier: float = 1.0,
     conv: str = "conv",
     bn_axis_name: str | None = None,
     dtype: Any = jnp.float32,
@@ -33,8 +34,10 @@ def resnet_cifar(
 ) -> "ResNet":
     """ResNet for small images: 3x3 stem of 16, stages 16-32-64, a classifier without bias.
 
+    All these channels are multiplied by `width_multiplier`.
+
     Raises:
-      UserError: if `depth` is not 6n + 2.
+      UserError: if `depth` is not 6n + 2, or no channel is left.
     References:
       He et al., Deep Residual Learning, CVPR 2016, Section 4.2.
     """
@@ -44,7 +47,7 @@ def resnet_cifar(
         raise UserError(f"depth {depth} of resnet_cifar is not 6n + 2; the nearest: {near}")
     return ResNet(
         stage_sizes=((depth - 2) // 6,) * 3,
-        width=16,
+        width=_width(16, width_multiplier),
         classifier_bias=False,
         num_classes=num_classes,
         conv=conv,
@@ -58,6 +61,7 @@ def resnet_imagenet(
     *,
     num_classes: int,
     depth: int = 18,
+    width_multiplier: float = 1.0,
     conv: str = "conv",
     bn_axis_name: str | None = None,
     dtype: Any = jnp.float32,
@@ -65,8 +69,10 @@ def resnet_imagenet(
 ) -> "ResNet":
     """ResNet for large images: 7x7 stem of 64, max-pool, stages 64-128-256-512 (x4 if depth >= 50).
 
+    All these channels are multiplied by `width_multiplier`.
+
     Raises:
-      UserError: if `depth` is none of 18, 34, 50, 101, 152.
+      UserError: if `depth` is none of 18, 34, 50, 101, 152, or no channel is left.
     References:
       He et al., Deep Residual Learning, CVPR 2016, Table 1; the stride is in the 3x3 convolution.
     """
@@ -75,7 +81,7 @@ def resnet_imagenet(
         raise UserError(f"depth {depth} of resnet_imagenet is unknown; allowed: {allowed}")
     return ResNet(
         stage_sizes=IMAGENET[depth],
-        width=64,
+        width=_width(64, width_multiplier),
         bottleneck=depth >= 50,
         large_stem=True,
         num_classes=num_classes,
@@ -84,6 +90,15 @@ def resnet_imagenet(
         dtype=dtype,
         dropout=dropout,
     )
+
+
+def _width(channels: int, multiplier: float) -> int:
+    if round(channels * multiplier) < 1:
+        raise UserError(
+            f"width_multiplier={multiplier} of a network whose stem has {channels} channels: one at"
+            f" least must be left; choose {1 / channels:g} or more"
+        )
+    return round(channels * multiplier)
 
 
 class Block(linen.Module):
