@@ -4,8 +4,9 @@
 
 400 epochs of SGD. The paper reports 92.96% on CIFAR-10 and 69.93% on CIFAR-100 for the student.
 
-With `--config.batch_size=128`, a part of that and a teacher trained as long before (README has the
-commands; one run each, the teacher's own accuracy in brackets):
+With `--config.batch_size=128`, a short schedule and a teacher trained as long before (one run each,
+the teacher's own accuracy in brackets; README has the commands of six epochs, and all are rows of
+`python -m experiments.table response1`, response5 and short):
 
     epochs   distil by                                  student (teacher)
     3        pkkd, its weight 100 to 1 by a cosine      78.8% (82.5% after ten)
@@ -15,8 +16,8 @@ commands; one run each, the teacher's own accuracy in brackets):
 
 PKKD with a teacher that learns beside has 76.6, 80.5 and 85.0% after 6, 10 and 30 epochs, the
 adder network alone 74.4, 79.5 and 85.1%. On one core of an EPYC with AVX-512 an epoch takes the
-network alone 110 s, PKKD 225 s and a student beside a fixed teacher 130 to 160 s; on an H200 PKKD
-trains on 25,700 images a second at batch 256.
+network alone 110 s, PKKD 225 s and a student beside a fixed teacher 130 to 165 s; on an H200 the
+bare step of PKKD at batch 256 makes 25,700 images a second.
 """
 
 from pkkd_jax import config as config_lib

@@ -3,7 +3,7 @@
     python -m pkkd_jax.main --config=configs/resnet32.py --config.data.data_dir=DIR
 
 400 epochs of SGD. The paper reports 93.62% on CIFAR-10 and 72.41% on CIFAR-100 for the student.
-Schedules as short as `--config.epochs=3` show the method at work on a CPU; not timed here.
+Not trained here.
 """
 
 from pkkd_jax import config as config_lib

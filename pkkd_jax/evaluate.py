@@ -1,6 +1,7 @@
 """Evaluates the networks of a run afresh.
 
-python -m pkkd_jax.evaluate RUN_DIR [--split=train] [--data=NAME] [--step=best] [--trust]
+python -m pkkd_jax.evaluate RUN_DIR [--split=test|train|validation] [--step=last|best|N]
+    [--data=NAME] [--data_dir=DIR] [--batch_size=N] [--trust]
 """
 
 import os
@@ -32,7 +33,8 @@ def evaluate(
 
     Args:
       run_dir: a directory that a training wrote.
-      step: "last", "best" or a saved step.
+      step: "last", "best" (by the student's accuracy on the images that the run was judged by, its
+        test images unless some were held out) or a saved step.
       data_name: another data set with as many classes, read at the run's image size where it has
         that keyword; the run's own if "".
       data_dir: where its files are; the run's own place if "".
@@ -43,7 +45,7 @@ def evaluate(
     Returns:
       `<split>/<network>/{accuracy,top5,loss}`, and the same with `_uncalibrated`.
     Raises:
-      UserError: if there is no such run, step or data set.
+      UserError: if there is no such run, step or data set, or the networks do not fit its images.
     """
     config, splits = _read(run_dir, data_name, data_dir, batch_size, split, trust)
     networks, variables = {}, {}
@@ -67,14 +69,14 @@ def calibrated(
     data_dir: str = "",
     trust: bool = False,
 ) -> tuple[linen.Module, dict]:
-    """One trained network as its figures are: with recalibrated statistics of BatchNorm.
+    """One trained network with the recalibrated statistics that its figures were measured with.
 
     `checkpoint.load_network` needs no data set, and gives the running statistics of the training.
 
     Args:
       run_dir: a directory that a training wrote.
       which: "student" or "teacher".
-      step: "last", "best" or a saved step.
+      step: as of `evaluate`.
       data_dir: where the data set's files are; the run's own place if "".
       trust: whether networks and data from outside the package, which the run names, are imported.
     Returns:

@@ -48,10 +48,11 @@ def _refused(module: linen.Module, field: str, allowed: str, instead: str = "Con
 
 
 class AdderConv(linen.Module):
-    """Adder convolution: `flax.linen.Conv` with `pkkd_jax.ops.adder.adder_conv` as its operation.
+    """Adder convolution, `-sum |patch - filter|` with surrogate gradients, see `ops.adder`.
 
-    The fields are those of `linen.Conv`, of which it takes what an adder has a meaning for, and:
-    an int `kernel_size` is square, the parameter is named `filters`, and starts from N(0, 1).
+    The fields are those of `flax.linen.Conv`; what has no meaning for an adder is refused unless
+    left at its default. An int `kernel_size` is square. The parameter is named `filters`, by which
+    `optim.scale_by_adder_norm` knows it. Let BatchNorm follow: no response is positive.
 
     Attributes:
       features: number of filters.
@@ -59,11 +60,12 @@ class AdderConv(linen.Module):
       padding: "SAME", "VALID", an int, or for each dimension an int or a (low, high) pair.
       feature_group_count: groups, each of which sees its share of the channels only.
       use_bias, bias_init: whether a bias is added, and its start.
+      kernel_init: of the filters, N(0, 1).
       dtype: of the computation; None infers it from input and parameters.
       param_dtype: of the parameters.
       promote_dtype: brings input, filters and bias to one dtype.
       input_dilation, mask, precision, conv_general_dilated(_cls): their defaults only.
-      input_gradient: surrogate for the gradient of the input, see `adder_conv`.
+      input_gradient: surrogate for the gradient of the input, "hardtanh", "sign" or "full".
     Raises:
       ValueError: for a field that it cannot honour; the message prints it.
     """
@@ -136,8 +138,8 @@ class BinaryConv(Conv):
     """`flax.linen.Conv` with `pkkd_jax.ops.binary.binary_conv`: signs of inputs and filters.
 
     The sign is the nonlinearity: networks of the package leave ReLU out, of which it would see
-    nothing but 1. The kernel starts from N(0, 0.01^2): only signs count, and a step turns the more
-    of them the smaller it is. (XNOR-Net's published code multiplies its gradient instead.)
+    nothing but 1. The kernel starts from N(0, 0.01^2): only signs count, and of the smaller the
+    more are turned by a step. (XNOR-Net's published code multiplies their gradient.)
     """
 
     conv_general_dilated: Callable | None = binary.binary_conv

@@ -34,7 +34,11 @@ def test_the_loss_of_ones_own_trains(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "first_line",
-    ["from pkkd_jax import data, evaluate", "from pkkd_jax import analysis", "import jax"],
+    [
+        "from pkkd_jax import data, evaluate",
+        "from pkkd_jax import analysis",
+        "from pathlib import Path",
+    ],
 )
 def test_what_notebooks_are_told_to_do_works(first_line, kernel_run, tmp_path, monkeypatch):
     (code,) = re.findall(rf"```python\n({re.escape(first_line)}\n.*?)```", README, re.DOTALL)
