@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
-import adder as benchmark
 import jax
 import jax.numpy as jnp
+import layers
 from jax import lax
 
 from pkkd_jax.ops import geometry as geometry_lib
@@ -122,9 +122,9 @@ def ceilings() -> dict[str, float]:
 
 def passes(layer) -> dict[str, tuple[Callable, str]]:
     """Functions of x, w and dy, and their dtype, by pass; others than the kernels after a comma."""
-    x, w = benchmark.shapes(layer)[:2]
+    x, w = layers.shapes(layer)[:2]
     geometry = geometry_lib.resolve(x, w, (layer[6],) * 2, "SAME", 1, 1, "hardtanh")
-    ours, theirs = (benchmark.jax_functions(layer, adder) for adder in (True, False))
+    ours, theirs = (layers.jax_functions(layer, adder) for adder in (True, False))
     functions = {
         **ours,
         **{f"{name}, convolution": function for name, function in theirs.items()},
@@ -135,12 +135,12 @@ def passes(layer) -> dict[str, tuple[Callable, str]]:
     return found | {dtype: (ours["forward"], dtype) for dtype in ("float16", "bfloat16")}
 
 
-def layers() -> dict[str, dict[str, dict[str, float]]]:
+def rates() -> dict[str, dict[str, dict[str, float]]]:
     """By layer and pass: T terms a second of the whole pass, and of the adder kernel in it."""
-    all_layers = [(BATCH, *layer[1:]) for layer in benchmark.LAYERS]
+    all_layers = [(BATCH, *layer[1:]) for layer in layers.LAYERS]
 
     def compiled(layer, function, dtype):
-        shapes = benchmark.shapes(layer)[:3]
+        shapes = layers.shapes(layer)[:3]
         return jax.jit(function).lower(*(jax.ShapeDtypeStruct(s, dtype) for s in shapes)).compile()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -153,11 +153,11 @@ def layers() -> dict[str, dict[str, dict[str, float]]]:
         }
     found = {}
     for layer, named in programs.items():
-        arrays = benchmark.operands(layer)
+        arrays = layers.operands(layer)
         by_dtype = {dtype: [a.astype(dtype) for a in arrays] for _, dtype in named.values()}
         functions = [partial(program.result(), *by_dtype[d]) for program, d in named.values()]
-        terms = benchmark.shapes(layer)[3] / 1e12
-        row = found[benchmark.title(layer)] = {}
+        terms = layers.shapes(layer)[3] / 1e12
+        row = found[layers.title(layer)] = {}
         for name, kernels in zip(named, device_seconds(functions), strict=True):
             row[name] = {"whole": terms / sum(kernels.values())}
             if own := sum(s for kernel, s in kernels.items() if "mosaic" in kernel):
@@ -173,7 +173,7 @@ def measure() -> dict:
     peak = result["ceilings"]["terms"] / 1e12
     for name, rate in result["ceilings"].items():
         print(f"{name:>20}: {rate / 1e12:.2f} T/s")
-    result["layers"] = layers()
+    result["layers"] = rates()
     print("T terms/s; share: of the kernel alone, of the terms that registers allow")
     print(f"{'':>28}" + "".join(f"{n:>9} {'kernel':>6} {'share':>5}" for n in ("forward", "dx")))
     for layer, row in result["layers"].items():
