@@ -16,7 +16,7 @@ the teacher's own accuracy in brackets; README has the commands of six epochs, a
 
 PKKD with a teacher that learns beside has 76.6, 80.5 and 85.0% after 6, 10 and 30 epochs, the
 adder network alone 74.4, 79.5 and 85.1%. On one core of an EPYC with AVX-512 an epoch takes the
-network alone 110 s, PKKD 225 s and a student beside a fixed teacher 130 to 165 s; on an H200 the
+network alone 99 s, PKKD 208 s and a student beside a fixed teacher 126 to 159 s; on an H200 the
 bare step of PKKD at batch 256 makes 25,700 images a second.
 """
 

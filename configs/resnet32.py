@@ -3,7 +3,7 @@
     python -m pkkd_jax.main --config=configs/resnet32.py --config.data.data_dir=DIR
 
 400 epochs of SGD. The paper reports 93.62% on CIFAR-10 and 72.41% on CIFAR-100 for the student.
-Not trained here.
+Trained here as a teacher only.
 """
 
 from pkkd_jax import config as config_lib

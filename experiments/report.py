@@ -82,7 +82,7 @@ def markdown(table: dict, found: dict, command: str) -> str:
         text += [
             f"Accuracy of the student on {' or '.join(judges)}, BatchNorm's statistics recalibrated"
             " (as trained: not); mean ± standard deviation over runs. Seconds of an epoch's steps"
-            " without evaluation, by the median, where all runs of a row were made on one device.",
+            " at the rate of the fastest tenth, where all runs of a row were made on one device.",
             "",
             _all("versions", (" ".join(map(" ".join, c["versions"].items())) for c in every)),
             _all("device", (cell["device"] for cell in every)),

@@ -116,10 +116,10 @@ def compare_time(better: list[dict], worse: list[dict], bound: float) -> tuple[s
     """How many times longer `better` takes for an image, and whether `bound` is kept."""
     if not better or not worse:
         return "", "not run"
-    ours, theirs = (statistics.mean(c["fastest_images_per_s"] for c in s) for s in (better, worse))
+    ours, theirs = (statistics.mean(cell["epoch_s"] for cell in side) for side in (better, worse))
     if len({cell["device"] for cell in better + worse}) > 1 or math.isnan(ours + theirs):
         return "", "not comparable: made on different devices"
-    return f"{theirs / ours:.2f} times", "holds" if theirs / ours <= bound else "does not hold"
+    return f"{ours / theirs:.2f} times", "holds" if ours / theirs <= bound else "does not hold"
 
 
 def check(claim: dict, cells: dict[str, list[dict]]) -> list[tuple[str, str, str]]:

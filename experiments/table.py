@@ -11,7 +11,6 @@ import itertools
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -29,14 +28,12 @@ from pkkd_jax.names import UserError, unknown
 
 HERE = Path(__file__).parent
 DEFAULTS = {"columns": ["cifar10"], "config": "resnet20", "set": {}, "teacher": ""}
-ROW = {"argument": "", "published_only": False}
+ROW = {"argument": "", "published_only": False, "kd": ""}
 LONGEST = 255  # bytes that a directory's name may have
 
 
 def load(name: str) -> dict:
     """The table `name`: title, columns and rows, each row complete.
-
-    A row's "kd" says whether KD is added, "yes" or "no", and "" where it is only published.
 
     Raises:
       UserError: for an unknown table, or a row whose teacher is no row above it.
@@ -54,21 +51,7 @@ def load(name: str) -> dict:
         if found["teacher"] and found["teacher"] not in rows:
             raise unknown(f"teacher of row {row['name']!r},", found["teacher"], rows)
         rows[row["name"]] = found
-    table = {"name": name, "title": table["title"], "columns": table["columns"], "rows": rows}
-    cells = Cells(Path(), [], 0, "")
-    for row in rows.values():
-        row["kd"] = ""
-        if not row["published_only"]:
-            command = cells.command(table, row, table["columns"][0], 0)
-            row["kd"] = "yes" if _adds_kd(training.parse(command[2:])[0]) else "no"
-    return table
-
-
-def _adds_kd(config) -> bool:
-    kd = config.distill.get("kd")
-    if config.teacher.mode == "none" or not kd:
-        return False
-    return kd.weight > 0 or (kd.weight_schedule != "constant" and kd.final_weight > 0)
+    return {"name": name, "title": table["title"], "columns": table["columns"], "rows": rows}
 
 
 def _slug(text: str) -> str:
@@ -150,14 +133,13 @@ def read(run_dir: Path) -> dict | None:
             evaluated.items(), training_accuracy(rows, evaluated), strict=True
         )
     ]
-    rate = statistics.median(rates) if rates else float("nan")
+    examples = config["examples"]["train"]
     return {
         "accuracy": 100 * results[leaf],
         "top5": 100 * results[f"{judge}/student/top5"],
         "uncalibrated": 100 * results[f"{leaf}_uncalibrated"],
         "teacher": 100 * results.get(f"{judge}/teacher/accuracy", float("nan")),
-        "epoch_s": config["examples"]["train"] / rate,
-        "fastest_images_per_s": np.quantile(rates, 0.9) if rates else float("nan"),
+        "epoch_s": examples / np.quantile(rates, 0.9) if rates else float("nan"),
         "judge": judge,
         "curve": curve,
         **{key: results[key] for key in ("steps", "wall_s", "versions", "device")},
@@ -186,14 +168,27 @@ def training_accuracy(rows: list[dict], steps: Iterable[int]) -> list[float]:
 
 
 def collect(table: dict, cells: Cells, seeds: int) -> dict[tuple[str, str], list[dict]]:
-    """Finished cells by row and column; none of a row that is only published."""
+    """Finished cells by row and column; none of a row that is only published.
+
+    What is to be run learns whether it adds KD: its "kd" becomes "yes" or "no".
+    """
     found = {}
     for name, row in table["rows"].items():
         count = 0 if row["published_only"] else seeds
+        if count:
+            command = cells.command(table, row, table["columns"][0], 0)
+            row["kd"] = "yes" if _adds_kd(training.parse(command[2:])[0]) else "no"
         for column in table["columns"]:
             each = [read(cells.directory(table, row, column, seed)) for seed in range(count)]
             found[name, column] = [cell for cell in each if cell]
     return found
+
+
+def _adds_kd(config) -> bool:
+    kd = config.distill.get("kd")
+    if config.teacher.mode == "none" or not kd:
+        return False
+    return kd.weight > 0 or (kd.weight_schedule != "constant" and kd.final_weight > 0)
 
 
 def finished(cells: Cells, table: dict, row: dict, column: str, seed: int) -> bool:

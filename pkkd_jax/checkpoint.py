@@ -310,8 +310,6 @@ def load_network(run_dir: str | Path, which: str = "student", step: str | int = 
     Raises:
       UserError: if there is no such run, network or step; the message says what there is.
     """
-    if which not in ("student", "teacher"):
-        raise UserError(f"{which=}: expected 'student' or 'teacher'")
     config = runs.read_config(run_dir)
     description = runs.network_arguments(config, which)
     if description is None:

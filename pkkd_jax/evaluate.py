@@ -85,7 +85,7 @@ def calibrated(
     Raises:
       UserError: if there is no such run, network, step or data set.
     """
-    config, splits = _read(run_dir, data_dir=data_dir, trust=trust)
+    config, splits = _read(run_dir, data_dir=data_dir, split="train", trust=trust)
     model, found = _network(run_dir, config, which, step, splits, trust)
     count = config["eval"]["recalibrate_batches"]
     if count:
@@ -143,7 +143,7 @@ def _network(
     if wanted.keys() != flat.keys():
         raise names.UserError(
             f"the checkpoint's {which} is of another architecture than the configuration in"
-            f" {run_dir!r}: {min(wanted.keys() ^ flat.keys())} is in one of them only; restore"
+            f" {str(run_dir)!r}: {min(wanted.keys() ^ flat.keys())} is in one of them only; restore"
             " config.json, or the code of a network of your own"
         )
     for key, array in flat.items():

@@ -207,13 +207,12 @@ def convolution(name: str) -> Callable[..., linen.Module]:
     """
     if "." in name:
         layer = names.resolve(__package__, name, "convolution")
-        given = ("features", "kernel_size", "strides", "padding", "use_bias", "dtype", "name")
         try:
-            inspect.signature(layer).bind(**dict.fromkeys(given))
+            inspect.signature(layer).bind(features=1, kernel_size=(1, 1))
         except (TypeError, ValueError) as error:
             raise names.UserError(
-                f"convolution {name!r} is not called as linen.Conv is ({error}): name a layer that"
-                f" takes {', '.join(given)}"
+                f"convolution {name!r} is not called as linen.Conv is ({error}): name a layer with"
+                " its keywords, features, kernel_size and so on"
             ) from error
         return layer
     if name not in CONVOLUTIONS:

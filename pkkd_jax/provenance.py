@@ -48,22 +48,34 @@ def history(run_dir: Path, step: int) -> dict:
     This start, at `step`, is added to those in `starts.json`.
 
     Returns:
-      As `origin`; what changed on the way is "A, to step 1,000, then B".
+      As `origin`; what changed on the way is "A, to step 1,000, then B", and "unknown" where it is
+      not there or damaged.
     """
-    path = run_dir / "starts.json"
-    starts = [each for each in metrics.read_json(path) or [] if each["step"] < step]
-    starts.append({"step": step, **origin()})
+    path, now = run_dir / "starts.json", origin()
+    try:
+        starts = [
+            {"step": int(each["step"]), "device": each["device"], "versions": each["versions"]}
+            for each in metrics.read_json(path)
+            if each["step"] < step and each["versions"].keys() == now["versions"].keys()
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        starts = []
+    if step and not (starts and starts[0]["step"] == 0):
+        unknown = {"device": "unknown", "versions": dict.fromkeys(now["versions"], "unknown")}
+        starts.insert(0, {"step": 0, **unknown})
+    starts.append({"step": step, **now})
     metrics.write_json(path, starts)
 
     def along(values):
         text = values[0]
-        for start, (before, now) in zip(starts[1:], itertools.pairwise(values), strict=True):
-            text += f", to step {start['step']:,}, then {now}" if now != before else ""
+        for start, (before, after) in zip(starts[1:], itertools.pairwise(values), strict=True):
+            text += f", to step {start['step']:,}, then {after}" if after != before else ""
         return text
 
-    names = starts[-1]["versions"]
     return {
-        "versions": {name: along([each["versions"][name] for each in starts]) for name in names},
+        "versions": {
+            name: along([each["versions"][name] for each in starts]) for name in now["versions"]
+        },
         "device": along([each["device"] for each in starts]),
     }
 

@@ -51,7 +51,13 @@ def read_config(run_dir: str | Path) -> dict:
 
 
 def network_arguments(config: dict, which: str) -> dict | None:
-    """Keywords of `models.build` for the student or teacher of a run's `config`; None if none."""
+    """Keywords of `models.build` for the student or teacher of a run's `config`; None if none.
+
+    Raises:
+      UserError: if `which` is neither, or the computation's dtype is unknown.
+    """
+    if which not in ("student", "teacher"):
+        raise UserError(f"{which=}: expected 'student' or 'teacher'")
     if which == "teacher" and config["teacher"]["mode"] == "none":
         return None
     if which == "teacher" and config["teacher"]["mode"] == "snapshot":

@@ -313,8 +313,10 @@ def test_a_width_multiplier_is_that_of_all_channels(name, depth, shape, multipli
     plain = channels()
     wanted = {tap: multiplier * count for tap, count in plain.items()}
     assert channels(width_multiplier=multiplier) == wanted
-    with pytest.raises(UserError, match=r"width_multiplier=0.001 .* one at least must be left"):
+    with pytest.raises(UserError, match=r"width_multiplier=0.001 .* must become 1 to"):
         channels(width_multiplier=0.001)
+    with pytest.raises(UserError, match="width_multiplier=nan"):
+        channels(width_multiplier=float("nan"))
 
 
 def test_an_unknown_imagenet_depth_gets_the_known_ones():

@@ -39,6 +39,11 @@ def test_a_training_that_goes_on_elsewhere_names_both_places(tmp_path, monkeypat
     found = start(2000, "cpu", "b")
     assert found["device"] == "tpu, to step 2,000, then cpu"
     assert found["versions"] == {"jax": "0.1", "pkkd_jax": "a, to step 1,200, then b"}
+    for damaged in ("", "[1]", '{"a": 1}', '[{"step": 0}]', "5"):
+        (tmp_path / "starts.json").write_text(damaged)
+        assert start(0, "cpu", "b")["device"] == "cpu"
+        (tmp_path / "starts.json").write_text(damaged)
+        assert start(2000, "cpu", "b")["device"] == "unknown, to step 2,000, then cpu"
 
 
 @pytest.mark.skipif(

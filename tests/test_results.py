@@ -44,14 +44,14 @@ def test_a_difference_is_decided_by_a_test(better, worse, verdict):
 def cell(**changes):
     looked = {"student": {"laplace": 3, "gauss": 1}, "teacher": {"laplace": 3, "gauss": 1}}
     features = {"filters": looked, "similarity": 0.9}
-    figures = {"accuracy": 90.0, "fastest_images_per_s": 100.0, "device": "1 cpu"}
+    figures = {"accuracy": 90.0, "epoch_s": 3.0, "device": "1 cpu"}
     return {**figures, "features": features, **changes}
 
 
 def test_each_quantity_has_its_own_comparison():
-    cells = {"a": [cell()], "b": [cell(fastest_images_per_s=150.0)], "none": []}
+    cells = {"a": [cell()], "b": [cell(epoch_s=2.0)], "none": []}
     cells["c"] = [cell(features=None, device="1 gpu")]
-    cells["moved"] = [cell(fastest_images_per_s=float("nan"))]
+    cells["moved"] = [cell(epoch_s=float("nan"))]
     time = {"quantity": "time", "better": "a", "worse": ["b"], "bound": 1.2}
     assert results.check(time, cells) == [("a / b", "1.50 times", "does not hold")]
     assert results.check({**time, "bound": 1.6}, cells)[0][2] == "holds"

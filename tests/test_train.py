@@ -32,6 +32,15 @@ def test_a_run_says_what_it_does_and_what_came_of_it(finished):
         assert text in out
 
 
+def test_a_wider_teacher_and_one_that_teaches_nothing_are_said(tmp_path):
+    line = command(tmp_path, "--config.teacher.width_multiplier=1.5")
+    line[1] += ":distill=none"
+    built = experiment.build(main.parse(line)[0])
+    summary = experiment.describe(built, 0, tmp_path, "")
+    assert "resnet_cifar 8 of 1.5 times the width" in summary["teacher"]
+    assert summary["losses"].startswith("1 CE, nothing from the teacher")
+
+
 def test_the_run_directory_is_complete(finished):
     workdir, _ = finished
     names = {p.name for p in workdir.iterdir()}

@@ -34,10 +34,10 @@ def resnet_cifar(
 ) -> "ResNet":
     """ResNet for small images: 3x3 stem of 16, stages 16-32-64, a classifier without bias.
 
-    All these channels are multiplied by `width_multiplier`.
+    The stem has `width_multiplier` times as many channels, rounded, and all others with it.
 
     Raises:
-      UserError: if `depth` is not 6n + 2, or no channel is left.
+      UserError: if `depth` is not 6n + 2; for a `width_multiplier` that leaves no channel.
     References:
       He et al., Deep Residual Learning, CVPR 2016, Section 4.2.
     """
@@ -69,10 +69,11 @@ def resnet_imagenet(
 ) -> "ResNet":
     """ResNet for large images: 7x7 stem of 64, max-pool, stages 64-128-256-512 (x4 if depth >= 50).
 
-    All these channels are multiplied by `width_multiplier`.
+    The stem has `width_multiplier` times as many channels, rounded, and all others with it.
 
     Raises:
-      UserError: if `depth` is none of 18, 34, 50, 101, 152, or no channel is left.
+      UserError: if `depth` is none of 18, 34, 50, 101, 152; for a `width_multiplier` that leaves no
+        channel.
     References:
       He et al., Deep Residual Learning, CVPR 2016, Table 1; the stride is in the 3x3 convolution.
     """
@@ -93,10 +94,10 @@ def resnet_imagenet(
 
 
 def _width(channels: int, multiplier: float) -> int:
-    if round(channels * multiplier) < 1:
+    if not 1 <= channels * multiplier <= 2**16:
         raise UserError(
-            f"width_multiplier={multiplier} of a network whose stem has {channels} channels: one at"
-            f" least must be left; choose {1 / channels:g} or more"
+            f"width_multiplier={multiplier} of a network whose stem has {channels} channels: they"
+            f" must become 1 to 65,536; choose {1 / channels:g} or more"
         )
     return round(channels * multiplier)
 
