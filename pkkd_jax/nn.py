@@ -208,7 +208,7 @@ def convolution(name: str) -> Callable[..., linen.Module]:
     if "." in name:
         layer = names.resolve(__package__, name, "convolution")
         try:
-            inspect.signature(layer).bind(features=1, kernel_size=(1, 1))
+            inspect.signature(layer).bind_partial(features=1, kernel_size=(1, 1))
         except (TypeError, ValueError) as error:
             raise names.UserError(
                 f"convolution {name!r} is not called as linen.Conv is ({error}): name a layer with"
