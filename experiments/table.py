@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from experiments import report
 from pkkd_jax import config as config_lib
@@ -112,6 +113,14 @@ class Cells:
             *(f"--config.{leaf}={value}" for leaf, value in leaves.items()),
         ]
 
+    def config(self, table: dict, row: dict, column: str, seed: int) -> ConfigDict:
+        """The configuration that this command trains.
+
+        Raises:
+          UserError: if it cannot be had.
+        """
+        return training.parse(self.command(table, row, column, seed)[2:])[0]
+
 
 def read(run_dir: Path) -> dict | None:
     """What a finished cell shows; None if it is not finished."""
@@ -176,15 +185,15 @@ def collect(table: dict, cells: Cells, seeds: int) -> dict[tuple[str, str], list
     for name, row in table["rows"].items():
         count = 0 if row["published_only"] else seeds
         if count:
-            command = cells.command(table, row, table["columns"][0], 0)
-            row["kd"] = "yes" if _adds_kd(training.parse(command[2:])[0]) else "no"
+            config = cells.config(table, row, table["columns"][0], 0)
+            row["kd"] = "yes" if _adds_kd(config) else "no"
         for column in table["columns"]:
             each = [read(cells.directory(table, row, column, seed)) for seed in range(count)]
             found[name, column] = [cell for cell in each if cell]
     return found
 
 
-def _adds_kd(config) -> bool:
+def _adds_kd(config: ConfigDict) -> bool:
     kd = config.distill.get("kd")
     if config.teacher.mode == "none" or not kd:
         return False
@@ -200,7 +209,7 @@ def finished(cells: Cells, table: dict, row: dict, column: str, seed: int) -> bo
     run_dir = cells.directory(table, row, column, seed)
     if not read(run_dir):
         return False
-    wanted = config_lib.to_json(training.parse(cells.command(table, row, column, seed)[2:])[0])
+    wanted = config_lib.to_json(cells.config(table, row, column, seed))
     theirs = runs.read_config(run_dir)
     of_data = {key: theirs[key] for key in ("num_classes", "examples") if key in theirs}
     workdirs.require_same_run(run_dir, wanted | of_data)
@@ -278,7 +287,7 @@ def make(table: dict, wanted: list[str], given, leaves: list[str], command: str)
         if name in wanted and not row["published_only"]
     }
     for column, row in itertools.product(table["columns"], rows.values()):
-        training.parse(cells.command(table, row, column, 0)[2:])  # a mistake, before any is run
+        cells.config(table, row, column, 0)  # a mistake, before any is run
     for seed in range(given.seeds):
         for column in table["columns"]:
             for name, row in rows.items():
