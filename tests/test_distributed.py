@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 import pytest
-from trainings import MINE, QUICKSTART, ROOT, final
+from trainings import MINE, QUICKSTART, ROOT, final, photographs
 
 from pkkd_jax import distributed, main
 
@@ -29,8 +29,8 @@ RESNET = [f"--config={QUICKSTART}", *RUN]
 SMALL = [f"--config={QUICKSTART}:distill=kd,student=mine.Net,teacher=mine.Net", *RUN]
 
 
-def start(run, workdir, *more):
-    """Two processes of two devices each."""
+def start(run, workdir, *more, second=()):
+    """Two processes of two devices each; `second` are arguments of the second alone."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -38,7 +38,8 @@ def start(run, workdir, *more):
     return [
         subprocess.Popen(
             [sys.executable, "-m", "pkkd_jax.main", *run, f"--workdir={workdir}", *more,
-             f"--coordinator=localhost:{port}", "--process_count=2", f"--process_index={index}"],
+             f"--coordinator=localhost:{port}", "--process_count=2", f"--process_index={index}",
+             *(second if index else ())],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=environment,
         )
         for index in (0, 1)
@@ -98,6 +99,23 @@ def test_a_fixed_teacher_is_the_same_in_every_process(small, tmp_path):
     found = ends(start(SMALL, tmp_path / "two", *fixed))
     assert [status for status, _, _ in found] == [0, 0], found
     assert_close_runs(tmp_path / "two", tmp_path / "one")
+
+
+def test_processes_with_other_data_do_not_train(small, tmp_path):
+    for place, count in (("whole", 20), ("in part", 16)):
+        photographs(tmp_path / place, count=count)
+
+    def data_dir(place):
+        return f"--config.data.data_dir={tmp_path / place}"
+
+    more = ["--config.data.image_size=8", "--config.data.augmentation=crop_flip"]
+    run = [f"{SMALL[0]},data=folder", *RUN, *more]
+    processes = start(run, tmp_path / "run", data_dir("whole"), second=[data_dir("in part")])
+    first, other = ends(processes)
+    assert other[0] == 2
+    assert "process 1 has another data set than process 0: start all" in other[2]
+    assert first[0] != 0
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
 def test_a_signal_to_one_stops_all_at_one_step_and_one_process_goes_on(small, tmp_path):

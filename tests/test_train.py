@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
-from trainings import MINE, QUICKSTART, ROOT, SHORT, command, final
+from trainings import MINE, QUICKSTART, ROOT, SHORT, command, final, photographs
 
 from pkkd_jax import (
     checkpoint,
@@ -108,15 +108,6 @@ def test_two_trainings_in_one_directory_are_refused(tmp_path, capsys):
     results = train.train_and_evaluate(config, workdir, at_interval=start_another)
     assert results["steps"] == 12
     assert metrics.read(workdir)[-1]["step"] == 12
-
-
-def photographs(root, colour):
-    for split in ("train", "test"):
-        for name in ("a", "b"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(8):
-                image = Image.new("RGB", (8, 8), (colour, colour, 20 * i))
-                image.save(root / split / name / f"{i}.png")
 
 
 def test_other_images_or_another_teacher_are_not_taken_for_the_same_run(finished, tmp_path, capsys):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from pkkd_jax import checkpoint
 
@@ -35,6 +36,16 @@ def start(workdir, *more):
         cwd=ROOT,
         env=environment,
     )
+
+
+def photographs(root, colour=100, count=8):
+    """A folder of `count` images of each of two classes, in each split."""
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                image = Image.new("RGB", (8, 8), (colour, colour, 10 * i))
+                image.save(root / split / name / f"{i}.png")
 
 
 def final(workdir):
