@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from pkkd_jax import checkpoint, config, distill, models, optim, update
+from pkkd_jax.checkpoint import store
 
 REPEATS = 5
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -69,7 +70,7 @@ def measure_checkpoints(every_s: float) -> None:
     print(f"reading and verifying it: {ms[3]:.0f} ms")
     block = np.random.default_rng(0).random(2**25, np.float32)
     began = time.perf_counter()
-    checkpoint._checksum(block)
+    store._checksum(block)
     print(f"checksums: {block.nbytes / 1e6 / (time.perf_counter() - began):,.0f} MB/s")
 
 

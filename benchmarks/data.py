@@ -19,7 +19,8 @@ import PIL
 from PIL import Image
 
 from pkkd_jax import data
-from pkkd_jax.data import pipeline
+from pkkd_jax.data.order import example_indices
+from pkkd_jax.data.photographs import random_box
 from pkkd_jax.data.sources import tfds
 
 REPEATS = 5
@@ -80,13 +81,13 @@ def imagenet(data_dir: str, image_size: int) -> None:
     steps = 512 // batch
     print(f"ImageNet: {len(source):,} photographs, {image_size} pixels, Pillow {PIL.__version__}")
     positions = range(steps * batch)
-    indices = pipeline.example_indices(0, len(source), np.array(positions))
+    indices = example_indices(0, len(source), np.array(positions))
     records = tfds.Records("imagenet2012", "train", data_dir)
     encoded = [io.BytesIO(records[i][0]) for i in range(len(records))]
     boxes = []
     for position, index in zip(positions, indices, strict=True):
         draws = np.random.default_rng((0, 1, position)).random((10, 4)).tolist()
-        boxes.append(pipeline.random_box(Image.open(encoded[index]).size, draws))
+        boxes.append(random_box(Image.open(encoded[index]).size, draws))
 
     def ours():
         for _ in data.train_batches(

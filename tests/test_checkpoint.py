@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pkkd_jax import checkpoint
+from pkkd_jax.checkpoint import store
 from pkkd_jax.names import UserError
 from pkkd_jax.state import DistillState, NetworkState
 
@@ -37,7 +38,7 @@ def assert_is_state(found, size=1):
     wanted = state(step, size)
     assert int(restored.step) == step
     for name in ("student", "teacher"):
-        one, other = (checkpoint._flatten(getattr(each, name)) for each in (restored, wanted))
+        one, other = (store._flatten(getattr(each, name)) for each in (restored, wanted))
         assert one.keys() == other.keys()
         for key, value in one.items():
             np.testing.assert_array_equal(value, other[key])
@@ -233,7 +234,7 @@ def small_run(small_disk):
 
 
 def test_a_disk_that_fills_up_in_mid_save_loses_no_older_checkpoint(small_run, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: NoLimit)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: NoLimit)
 
     def fill():
         with opened(small_run) as checkpoints:

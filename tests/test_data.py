@@ -7,7 +7,7 @@ import pytest
 
 from pkkd_jax import data
 from pkkd_jax.data.arrays import ArraySource
-from pkkd_jax.data.pipeline import example_indices
+from pkkd_jax.data.order import example_indices
 from pkkd_jax.names import UserError
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from pkkd_jax import data
-from pkkd_jax.data import pipeline
+from pkkd_jax.data.photographs import centre_box, random_box
 from pkkd_jax.names import UserError
 
 
@@ -48,7 +48,7 @@ def test_photographs_are_cropped_the_same_way_whenever_they_are_asked_for(photog
 
 def test_random_parts_lie_inside_and_have_the_areas_and_ratios_of_the_recipe():
     rng = np.random.default_rng(0)
-    boxes = [pipeline.random_box((500, 375), rng.random((10, 4)).tolist()) for _ in range(2000)]
+    boxes = [random_box((500, 375), rng.random((10, 4)).tolist()) for _ in range(2000)]
     left, top, right, bottom = np.array(boxes).T
     assert left.min() >= 0
     assert top.min() >= 0
@@ -59,11 +59,11 @@ def test_random_parts_lie_inside_and_have_the_areas_and_ratios_of_the_recipe():
     assert area.max() > 0.95
     assert 0.74 < ratio.min() < 0.77
     assert 1.30 < ratio.max() < 1.35
-    assert pipeline.random_box((400, 4), rng.random((10, 4)).tolist()) == (197, 0, 202, 4)
+    assert random_box((400, 4), rng.random((10, 4)).tolist()) == (197, 0, 202, 4)
 
 
 def test_the_middle_is_seven_eighths_of_the_shorter_side():
-    assert pipeline.centre_box((512, 256), (224, 224)) == (144, 16, 368, 240)
+    assert centre_box((512, 256), (224, 224)) == (144, 16, 368, 240)
 
 
 def test_all_photographs_are_evaluated_once(photographs):

@@ -9,14 +9,8 @@ import numpy as np
 from pkkd_jax import names
 from pkkd_jax.data.arrays import ATTRIBUTES, ArraySource, Part
 from pkkd_jax.data.augment import AUGMENTATIONS, augment, normalise
-from pkkd_jax.data.pipeline import (
-    Damage,
-    Unreadable,
-    eval_batches,
-    example,
-    take,
-    train_batches,
-)
+from pkkd_jax.data.pipeline import eval_batches, take, train_batches
+from pkkd_jax.data.reading import Damage, Unreadable, example
 
 __all__ = [
     "Damage",
