@@ -32,9 +32,11 @@ of five runs.
 
 ## Claims
 
-A difference is decided where Welch's t-test of two runs or more on each side gives p < 0.05. One
-run only points somewhere: at 6 epochs the same seed differed by up to 1.5 points between two
-machines. Time is that of the fastest tenth of the steps, as other things ran beside most runs.
+Differences are in points of accuracy, at each schedule that a table was run with. They are decided
+where Welch's t-test of two runs or more on each side gives p < 0.05. A figure alone is of one run
+and only points somewhere: at 6 epochs the same seed differed by up to 1.5 points between two
+machines. Similarity is the linear CKA of student's and teacher's responses. Time is that of the
+fastest tenth of the steps, as other things ran beside most runs.
 """
 
 
@@ -67,7 +69,7 @@ def features(run_dir: Path) -> dict | None:
     return found
 
 
-def compare(better: list[float], worse: list[float]) -> tuple[str, str]:
+def compare(better: list[float], worse: list[float]) -> str:
     """The difference of two means, in points, and what it says of `better` > `worse`.
 
     It is decided by Welch's t-test at 0.05, for which each side needs two runs.
@@ -75,55 +77,56 @@ def compare(better: list[float], worse: list[float]) -> tuple[str, str]:
     from scipy import stats
 
     if not better or not worse:
-        return "", "not run"
+        return "not run"
     difference = statistics.mean(better) - statistics.mean(worse)
     text = f"{difference:+.2f}"
-    if difference == 0:
-        return text, "not decided"
     if min(len(better), len(worse)) < 2:
-        where = "to" if difference > 0 else "against"
-        runs = "one run each" if len(better) == len(worse) else "one run on one side"
-        return text, f"points {where} it, {runs}"
+        return text
+    if difference == 0:
+        return f"{text}: not decided"
     p = stats.ttest_ind(better, worse, equal_var=False).pvalue
     verdict = "holds" if difference > 0 else "does not hold"
-    return text, f"{verdict if p < 0.05 else 'not decided'}, p = {p:.2g}"
+    return f"{text}: {verdict if p < 0.05 else 'not decided'}, p = {p:.2g}"
 
 
-def compare_filters(cells: list[dict]) -> list[tuple[str, str, str]]:
+def compare_filters(cells: list[dict]) -> list[tuple[str, str]]:
     """For each network of `cells`: its name, how many layers are nearer to what, and a verdict."""
     looked = [cell["features"]["filters"] for cell in cells if cell["features"]]
-    if not looked:
-        return [("", "", "no checkpoint" if cells else "not run")]
     lines = []
     for which, wanted in (("student", "laplace"), ("teacher", "gauss")):
-        counts = {key: sum(each[which][key] for each in looked) for key in looked[0][which]}
-        text = ", ".join(f"{count} {key}" for key, count in counts.items())
-        most = counts[wanted] > sum(counts.values()) / 2
-        lines.append((f"{which}'s layers", text, "holds" if most else "does not hold"))
+        text = "no checkpoint" if cells else "not run"
+        if looked:
+            counts = {key: sum(each[which][key] for each in looked) for key in looked[0][which]}
+            most = counts[wanted] > sum(counts.values()) / 2
+            text = ", ".join(f"{count} {key}" for key, count in counts.items())
+            text += f": {'holds' if most else 'does not hold'}"
+        lines.append((f"{which}'s layers", text))
     return lines
 
 
-def compare_similarity(better: list[dict], worse: list[dict]) -> tuple[str, str]:
-    """Both means, and what they say of `better` being more alike."""
+def compare_similarity(better: list[dict], worse: list[dict]) -> str:
+    """Both means of finished cells."""
+    if not better or not worse:
+        return "not run"
     looked = [[c["features"]["similarity"] for c in s if c["features"]] for s in (better, worse)]
-    if better and worse and not all(looked):
-        return "", "no checkpoint"
-    text = " and ".join(f"{statistics.mean(values):.3f}" for values in looked if values)
-    return text, compare(*looked)[1]
+    if not all(looked):
+        return "no checkpoint"
+    return " and ".join(f"{statistics.mean(values):.3f}" for values in looked)
 
 
-def compare_time(better: list[dict], worse: list[dict], bound: float) -> tuple[str, str]:
+def compare_time(better: list[dict], worse: list[dict], bound: float) -> str:
     """How many times longer `better` takes for an image, and whether `bound` is kept."""
     if not better or not worse:
-        return "", "not run"
+        return "not run"
     ours, theirs = (statistics.mean(cell["epoch_s"] for cell in side) for side in (better, worse))
     if len({cell["device"] for cell in better + worse}) > 1 or math.isnan(ours + theirs):
-        return "", "not comparable: made on different devices"
-    return f"{ours / theirs:.2f} times", "holds" if ours / theirs <= bound else "does not hold"
+        return "made on different devices"
+    verdict = "holds" if ours / theirs <= bound else "does not hold"
+    return f"{ours / theirs:.2f} times: {verdict}"
 
 
-def check(claim: dict, cells: dict[str, list[dict]]) -> list[tuple[str, str, str]]:
-    """What finished cells, by row, say of a claim: comparison, figures and verdict, one each."""
+def check(claim: dict, cells: dict[str, list[dict]]) -> list[tuple[str, str]]:
+    """What finished cells, by row, say of a claim: comparisons, each with figures and verdict."""
     quantity, better = claim.get("quantity", "accuracy"), cells[claim["better"]]
     if quantity == "filters":
         return compare_filters(better)
@@ -137,7 +140,7 @@ def check(claim: dict, cells: dict[str, list[dict]]) -> list[tuple[str, str, str
         else:
             found = compare(*([cell["accuracy"] for cell in side] for side in (better, worse)))
         sign = "/" if quantity == "time" else ">"
-        lines.append((f"{claim['better']} {sign} {other}", *found))
+        lines.append((f"{claim['better']} {sign} {other}", found))
     return lines
 
 
@@ -177,7 +180,8 @@ def write(out: Path) -> str:
         raise UserError(f"--out={str(out)!r} is no directory: name that of a table's cells")
     known = tomllib.loads((HERE / "claims.toml").read_text())
     leaves = [f"--config.batch_size={known['batch_size']}"]
-    tables, verdicts, hours = [], [], {}
+    tables, hours = [], {}
+    verdicts: dict[tuple[str, str], dict[int, str]] = {}  # by claim and comparison, then epochs
     for block in known["blocks"]:
         text, cells = tabulate(block, out, leaves)
         tables.append(text)
@@ -192,11 +196,18 @@ def write(out: Path) -> str:
         for cell in itertools.chain.from_iterable(cells[row] for row in looked):
             cell["features"] = features(cell["run_dir"])
         for claim in claims:
-            verdicts += [(claim["text"], block["epochs"], *line) for line in check(claim, cells)]
+            for comparison, text in check(claim, cells):
+                verdicts.setdefault((claim["text"], comparison), {})[block["epochs"]] = text
     if not hours:
         raise UserError(f"--out={str(out)!r} holds no finished cell: name that of a table's cells")
-    lines = ["| claim | epochs | | figures | here |", "|---|---|---|---|---|"]
-    lines += [f"| {' | '.join(map(str, line))} |" for line in verdicts]
+    schedules = sorted({block["epochs"] for block in known["blocks"]})
+    rows, before = [["claim", "", *(f"{epochs} epochs" for epochs in schedules)]], ""
+    rows.append(["---"] * len(rows[0]))
+    for (claim, comparison), by_epochs in verdicts.items():
+        figures = (by_epochs.get(epochs, "") for epochs in schedules)
+        rows.append(["" if claim == before else claim, comparison, *figures])
+        before = claim
+    lines = [f"| {' | '.join(row)} |" for row in rows]
     total = f"{len(hours)} runs, {sum(hours.values()):.1f} hours."
     why = [f"**{c['text']}.** {c['why'].strip()}\n" for c in known["claims"] if "why" in c]
     text = "\n".join([HEAD.format(cells=out.name), *lines, "", total, "", *why, *tables])
