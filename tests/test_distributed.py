@@ -75,11 +75,16 @@ def assert_close_runs(a, b):
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
-    """A run of the small networks in one process with four devices."""
+def mine(tmp_path, monkeypatch):
+    """A module `mine` with small networks, for this process and those that it starts."""
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.fixture
+def small(mine, tmp_path):
+    """A run of the small networks in one process with four devices."""
     assert main.main(["main", *SMALL, f"--workdir={tmp_path / 'alone'}"]) == 0
     return tmp_path / "alone"
 
@@ -101,7 +106,7 @@ def test_a_fixed_teacher_is_the_same_in_every_process(small, tmp_path):
     assert_close_runs(tmp_path / "two", tmp_path / "one")
 
 
-def test_processes_with_other_data_do_not_train(small, tmp_path):
+def test_processes_with_other_data_do_not_train(mine, tmp_path):
     for place, count in (("whole", 20), ("in part", 16)):
         photographs(tmp_path / place, count=count)
 
@@ -114,7 +119,7 @@ def test_processes_with_other_data_do_not_train(small, tmp_path):
     first, other = ends(processes)
     assert other[0] == 2
     assert "process 1 has another data set than process 0: start all" in other[2]
-    assert first[0] != 0
+    assert first[0] in (distributed.LOST, -signal.SIGABRT), first[2]
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 

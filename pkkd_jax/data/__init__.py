@@ -1,4 +1,8 @@
-"""Data: sources, one file each in `sources/`; the host's pipeline; augmentation on the device."""
+"""Data: sources, one file each in `sources/`; batches on the host, augmentation on the device.
+
+`order` says which example comes when, `reading` reads one, `photographs` decodes and crops many
+ahead of time, and `pipeline` makes the batches.
+"""
 
 import zlib
 from concurrent.futures import ThreadPoolExecutor

@@ -141,7 +141,7 @@ def _stream(load: _Load, rows: np.ndarray, workers: int) -> Iterator[dict[str, n
 def batches(
     source, positions: Iterable[np.ndarray], seed: int | None, workers: int, damage: Damage
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Images, labels and whether they are the wanted ones, in the shape of each of `positions`.
+    """Examples at `positions`, an array of them after the other.
 
     Args:
       source: a split whose photographs have any size.
@@ -149,11 +149,13 @@ def batches(
       seed: of order and crops; None for a test split, of which `positions` are indices.
       workers: processes that decode; 0 decodes in threads of this one.
       damage: counts examples that cannot be read, in whose place the next ones stand.
+    Yields:
+      In the shape of each array: images, labels and whether they are the wanted ones.
     Raises:
       UserError: if too many cannot be read, or a process that decodes died.
     """
-    rows = np.stack([row.ravel() for row in positions])
-    shape = next(iter(positions)).shape
+    rows = np.stack(list(positions))
+    shape, rows = rows.shape[1:], rows.reshape(len(rows), -1)
     stream = _stream(_Load(source, seed, damage.limit), rows, workers)
     try:
         for batch in stream:
