@@ -120,7 +120,7 @@ class Checkpoints:
         if shutil.disk_usage(directory).free < size + SPARE_BYTES:
             # Found out while writing, it would leave a broken checkpoint.
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), directory)
-        sums = {name: {k: _checksum(v) for k, v in part.items()} for name, part in parts.items()}
+        sums = {name: {k: checksum(v) for k, v in part.items()} for name, part in parts.items()}
         items = {name: ocp.args.StandardSave(part) for name, part in parts.items()}
         items[RECORD] = ocp.args.JsonSave(_signed({"accuracy": accuracy, "crc32": sums}))
         self._note(step, accuracy)
@@ -174,7 +174,7 @@ class Checkpoints:
         if flat.keys() != sums.keys():
             raise Damaged(f"{name} lacks {sorted(flat.keys() ^ sums.keys())[0]}")
         for key, value in flat.items():
-            if _checksum(value) != sums[key]:
+            if checksum(value) != sums[key]:
                 raise Damaged(f"checksum of {name}'s {key} differs")
         return flat
 
@@ -236,7 +236,8 @@ class Checkpoints:
                 self._manager.close()
 
 
-def _checksum(array: np.ndarray) -> int:
+def checksum(array: np.ndarray) -> int:
+    """CRC-32 of the bytes of `array`."""
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1))
 
 
