@@ -1,11 +1,11 @@
 """A table's finished cells as Markdown, and as a plot."""
 
+import collections
 import functools
 import itertools
 import math
 import statistics
 import tomllib
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -79,15 +79,18 @@ def markdown(table: dict, found: dict, command: str) -> str:
     text = [f"# {table['title']}", "", *lines]
     if every:
         judges = sorted({f"{cell['judge']} images" for cell in every})
+        steps = sorted({(cell["steps"], cell["batch_size"]) for cell in every})
+        schedules = [f"{count:,} steps of {images} images" for count, images in steps]
+        hours = sum(cell["wall_s"] for cell in every) / 3600
         text += [
             f"Accuracy of the student on {' or '.join(judges)}, BatchNorm's statistics recalibrated"
             " (as trained: not); mean ± standard deviation over runs. Seconds of an epoch's steps"
             " at the rate of the fastest tenth, where all runs of a row were made on one device.",
             "",
-            _all("versions", (" ".join(map(" ".join, c["versions"].items())) for c in every)),
-            _all("device", (cell["device"] for cell in every)),
-            _all("schedule", (f"{c['steps']} steps of {c['batch_size']} images" for c in every)),
-            f"- runs: {len(every)}, wall time {sum(cell['wall_s'] for cell in every) / 3600:.2f} h",
+            *_places(every),
+            "",
+            f"- {len(every)} {'runs' if len(every) > 1 else 'run'} of {' or '.join(schedules)},"
+            f" {hours:.2f} h",
         ]
     text += [
         f"- `{command}`",
@@ -96,8 +99,21 @@ def markdown(table: dict, found: dict, command: str) -> str:
     return "\n".join(text) + "\n"
 
 
-def _all(what: str, values: Iterable[str]) -> str:
-    return f"- {what}: {'; '.join(sorted(set(values)))}"
+def _places(cells: list[dict]) -> list[str]:
+    """A table of devices and versions, with how many runs were made there, or parts of runs."""
+    starts = [start for cell in cells for start in cell["starts"]]
+    names = list(dict.fromkeys(name for start in starts for name in start["versions"]))
+    runs: dict[tuple, collections.Counter] = collections.defaultdict(collections.Counter)
+    for cell in cells:
+        for start, after in itertools.zip_longest(cell["starts"], cell["starts"][1:]):
+            steps = f" from step {start['step']:,}" if start["step"] else ""
+            steps += f" to step {after['step']:,}" if after else ""
+            place = start["device"], *(start["versions"].get(name, "") for name in names)
+            runs[place][steps] += 1
+    lines = [["runs", "device", *names], ["---"] * (2 + len(names))]
+    for place, parts in sorted(runs.items()):
+        lines.append(["; ".join(f"{parts[steps]}{steps}" for steps in sorted(parts)), *place])
+    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def plot(table: dict, found: dict, path: Path) -> None:

@@ -12,6 +12,7 @@ import math
 import shlex
 import statistics
 import sys
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -214,7 +215,8 @@ def write(out: Path) -> str:
             named = ""  # once
     lines = [f"| {' | '.join(row)} |" for row in rows]
     total = f"{len(hours)} runs, {sum(hours.values()):.1f} hours."
-    why = [f"**{c['text']}.** {c['why'].strip()}\n" for c in known["claims"] if "why" in c]
+    why = [f"**{c['text']}.** {c['why']}" for c in known["claims"] if "why" in c]
+    why = [textwrap.fill(each, 100, break_on_hyphens=False) + "\n" for each in why]
     text = "\n".join([HEAD.format(cells=out.name), *lines, "", total, "", *why, *tables])
     (out.parent / "RESULTS.md").write_text(text)
     return text

@@ -131,7 +131,8 @@ def read(run_dir: Path) -> dict | None:
     judge = "validation" if config["data"]["validation"] else "test"
     rows = metrics.read(run_dir)
     rates = [row["train/images_per_s"] for row in rows if "train/images_per_s" in row]
-    if ", then " in results["device"]:  # it has no one rate
+    devices = sorted({start["device"] for start in results["starts"]})
+    if len(devices) > 1:  # it has no one rate
         rates = []
     leaf = f"{judge}/student/accuracy"
     evaluated = {row["step"]: row for row in rows if leaf in row}
@@ -148,10 +149,11 @@ def read(run_dir: Path) -> dict | None:
         "top5": 100 * results[f"{judge}/student/top5"],
         "uncalibrated": 100 * results[f"{leaf}_uncalibrated"],
         "teacher": 100 * results.get(f"{judge}/teacher/accuracy", float("nan")),
+        "device": " and ".join(devices),
         "epoch_s": examples / np.quantile(rates, 0.9) if rates else float("nan"),
         "judge": judge,
         "curve": curve,
-        **{key: results[key] for key in ("steps", "wall_s", "versions", "device")},
+        **{key: results[key] for key in ("steps", "wall_s", "starts")},
         "batch_size": config["batch_size"],
         "run_dir": run_dir,
     }

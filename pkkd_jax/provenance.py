@@ -1,6 +1,5 @@
 """Where results come from: versions, commit and device."""
 
-import itertools
 import os
 import platform
 import re
@@ -42,14 +41,13 @@ def processor() -> str:
     return named[1] if named else platform.processor() or platform.machine()
 
 
-def history(run_dir: Path, step: int) -> dict:
-    """What `results.json` says of where a training was made, by all of its starts.
+def history(run_dir: Path, step: int) -> list[dict]:
+    """Where a training is made that starts now at `step`, and where it was made before.
 
-    This start, at `step`, is added to those in `starts.json`.
+    It is kept in `starts.json`; what is damaged or not there is "unknown".
 
     Returns:
-      As `origin`; what changed on the way is "A, to step 1,000, then B", and "unknown" where it is
-      not there or damaged.
+      `origin` with its first "step", 0 or later, for each start that changed anything.
     """
     path, now = run_dir / "starts.json", origin()
     try:
@@ -63,21 +61,10 @@ def history(run_dir: Path, step: int) -> dict:
     if step and not (starts and starts[0]["step"] == 0):
         unknown = {"device": "unknown", "versions": dict.fromkeys(now["versions"], "unknown")}
         starts.insert(0, {"step": 0, **unknown})
-    starts.append({"step": step, **now})
+    if not starts or starts[-1] != {"step": starts[-1]["step"], **now}:
+        starts.append({"step": step, **now})
     metrics.write_json(path, starts)
-
-    def along(values):
-        text = values[0]
-        for start, (before, after) in zip(starts[1:], itertools.pairwise(values), strict=True):
-            text += f", to step {start['step']:,}, then {after}" if after != before else ""
-        return text
-
-    return {
-        "versions": {
-            name: along([each["versions"][name] for each in starts]) for name in now["versions"]
-        },
-        "device": along([each["device"] for each in starts]),
-    }
+    return starts
 
 
 def origin() -> dict:

@@ -87,11 +87,12 @@ def _results(run_dirs: dict[str, Path]) -> str:
     rows, made = [], []
     for label, run_dir in run_dirs.items():
         found = _figures(run_dir)
-        by = "not finished"
-        if "device" in found:
-            versions = found["versions"]
-            by = f"{found['device']}, jax {versions['jax']}, pkkd_jax {versions['pkkd_jax']}"
-        made.append(f"{label}: {by}")
+        places = []
+        for start in found.get("starts", []):
+            names = (f"{name} {start['versions'][name]}" for name in ("jax", "pkkd_jax"))
+            since = f"from step {start['step']:,} on: " if places else ""
+            places.append(since + ", ".join([start["device"], *names]))
+        made.append(f"{label}: {', '.join(places) or 'not finished'}")
         step = found.get("steps", found.get("step", 0))
         for which in ("student", "teacher"):
             for split in ("test", "validation"):

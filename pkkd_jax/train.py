@@ -121,7 +121,7 @@ def train_and_evaluate(
                 writer = metrics.Writer(workdir, int(step))
                 at_exit.callback(writer.close)
             # Now: a commit may follow while the training runs.
-            origin = provenance.history(workdir, int(step)) if writes else provenance.origin()
+            origin = {"starts": provenance.history(workdir, int(step))} if writes else {}
             results = origin | _loop(
                 built, state, checkpoints, writer, watchdog, at_interval, at_signal, at_picture
             )

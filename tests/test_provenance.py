@@ -28,22 +28,28 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path, monkeypatch):
 
 
 def test_a_training_that_goes_on_elsewhere_names_both_places(tmp_path, monkeypatch):
+    def origin(device, commit):
+        return {"device": device, "versions": {"jax": "0.1", "pkkd_jax": commit}}
+
     def start(step, device, commit):
-        found = {"versions": {"jax": "0.1", "pkkd_jax": commit}, "device": device}
-        monkeypatch.setattr(provenance, "origin", lambda: found)
+        monkeypatch.setattr(provenance, "origin", lambda: origin(device, commit))
         return provenance.history(tmp_path, step)
 
-    assert start(0, "gpu", "a") == {"versions": {"jax": "0.1", "pkkd_jax": "a"}, "device": "gpu"}
-    assert start(0, "tpu", "a")["device"] == "tpu"  # nothing was saved of the first
-    assert start(1200, "tpu", "b")["versions"]["pkkd_jax"] == "a, to step 1,200, then b"
+    assert start(0, "gpu", "a") == [{"step": 0, **origin("gpu", "a")}]
+    assert start(0, "tpu", "a") == [{"step": 0, **origin("tpu", "a")}]  # none was saved before
+    assert start(600, "tpu", "a") == [{"step": 0, **origin("tpu", "a")}]
+    assert start(1200, "tpu", "b")[1:] == [{"step": 1200, **origin("tpu", "b")}]
     found = start(2000, "cpu", "b")
-    assert found["device"] == "tpu, to step 2,000, then cpu"
-    assert found["versions"] == {"jax": "0.1", "pkkd_jax": "a, to step 1,200, then b"}
+    assert [(each["step"], each["device"]) for each in found] == [
+        (0, "tpu"), (1200, "tpu"), (2000, "cpu")
+    ]  # fmt: skip
+    assert len(start(1800, "tpu", "b")) == 2  # what came after the checkpoint was lost
     for damaged in ("", "[1]", '{"a": 1}', '[{"step": 0}]', "5"):
         (tmp_path / "starts.json").write_text(damaged)
-        assert start(0, "cpu", "b")["device"] == "cpu"
+        assert start(0, "cpu", "b") == [{"step": 0, **origin("cpu", "b")}]
         (tmp_path / "starts.json").write_text(damaged)
-        assert start(2000, "cpu", "b")["device"] == "unknown, to step 2,000, then cpu"
+        found = [(each["step"], each["device"]) for each in start(2000, "cpu", "b")]
+        assert found == [(0, "unknown"), (2000, "cpu")]
 
 
 @pytest.mark.skipif(

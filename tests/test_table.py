@@ -22,7 +22,8 @@ SHORT = ["--config.steps=4", "--config.batch_size=16", "--config.eval.recalibrat
 
 def cell(**changes):
     figures = dict(accuracy=91.0, uncalibrated=90.0, teacher=93.0, top5=99.0, epoch_s=100.0)
-    origin = dict(judge="test", steps=4, wall_s=60.0, versions={"jax": "0"}, device="1 cpu")
+    starts = [{"step": 0, "device": "1 cpu", "versions": {"jax": "0"}}]
+    origin = dict(judge="test", steps=4, wall_s=60.0, starts=starts, device="1 cpu")
     return {**figures, **origin, "batch_size": 16, **changes}
 
 
@@ -160,8 +161,27 @@ def test_a_cell_that_went_on_elsewhere_has_no_speed(tmp_path):
     shutil.copytree(stored, tmp_path, dirs_exist_ok=True)
     assert table.read(tmp_path)["epoch_s"] > 0
     path = tmp_path / "results.json"
-    path.write_text(path.read_text().replace('"device": "', '"device": "1 gpu, to step 9, then '))
+    found = json.loads(path.read_text())
+    found["starts"].append({**found["starts"][0], "step": 900, "device": "1 gpu"})
+    path.write_text(json.dumps(found))
     assert math.isnan(table.read(tmp_path)["epoch_s"])
+
+
+def test_a_table_says_where_its_runs_were_made():
+    found = table.load("main2")
+    cells = {(row, "imagenet2012"): [] for row in found["rows"]}
+    gpu = {"step": 1200, "device": "1 gpu", "versions": {"jax": "0", "flax": "1"}}
+    cpu = cell()["starts"]
+    cells["ResNet-18, PKKD", "imagenet2012"] = [cell(), cell(), cell(starts=[*cpu, gpu])]
+    cells["ResNet-18, ANN", "imagenet2012"] = [cell(starts=[{**gpu, "step": 0}]), cell()]
+    lines = report.markdown(found, cells, "command").splitlines()
+    head = lines.index("| runs | device | jax | flax |")
+    assert lines[head + 2 : head + 5] == [
+        "| 3; 1 to step 1,200 | 1 cpu | 0 |  |",
+        "| 1; 1 from step 1,200 | 1 gpu | 0 | 1 |",
+        "",
+    ]
+    assert "- 5 runs of 4 steps of 16 images, 0.08 h" in lines
 
 
 def test_no_mean_speed_of_different_devices_is_shown():

@@ -54,9 +54,10 @@ def test_the_run_directory_is_complete(finished):
             assert f"test/{network}/{what}_uncalibrated" in results
     assert results["steps"] == 12
     assert results["wall_s"] > 0
-    assert results["versions"]["jax"]
-    assert results["versions"]["pkkd_jax"] == provenance.version()
-    assert f"adder op: {cpu.selected()}" in results["device"]
+    (start,) = results["starts"]
+    assert start == {"step": 0, **provenance.origin()}
+    assert start["versions"]["pkkd_jax"] == provenance.version()
+    assert f"adder op: {cpu.selected()}" in start["device"]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert any("train/student/loss_mid" in row for row in rows)
     assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
