@@ -19,8 +19,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from pkkd_jax import checkpoint, config, distill, models, optim, update
+from pkkd_jax import checkpoint, config, distill, models, optim
 from pkkd_jax.checkpoint import store
+from pkkd_jax.recipe import Recipe, init_state
 
 REPEATS = 5
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -35,12 +36,12 @@ def resnet20_state():
         for name, conv in (("student", "adder"), ("teacher", "conv"))
     }
     optimiser = optim.build(1000, momentum=0.9)
-    recipe = update.Recipe(
+    recipe = Recipe(
         **networks, teacher_learns=True, losses=losses, alpha=1.0, optimiser=optimiser,
         distiller_optimiser=optimiser, seed=0,
         augmentation=dict(augmentation="crop_flip", mean=(120.0,) * 3, std=(60.0,) * 3),
     )  # fmt: skip
-    return update.init_state(recipe, np.zeros((8, 32, 32, 3), np.uint8))
+    return init_state(recipe, np.zeros((8, 32, 32, 3), np.uint8))
 
 
 def measure_checkpoints(every_s: float) -> None:

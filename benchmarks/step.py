@@ -51,6 +51,7 @@ def jax_step(case: str, depth: int, batch_size: int, image_size: int = 32):
     import optax
 
     from pkkd_jax import config, devices, distill, models, optim, update
+    from pkkd_jax.recipe import Recipe, hyperparameters, init_network, init_state
 
     name, classes = ("resnet_cifar", 10) if image_size < 64 else ("resnet_imagenet", 1000)
 
@@ -63,7 +64,7 @@ def jax_step(case: str, depth: int, batch_size: int, image_size: int = 32):
         blocks = [f"stage{s}.block{b}" for s in (1, 2, 3) for b in range(1, (depth - 2) // 6 + 1)]
         taps = ",".join(f"{block}.conv{i}" for block in blocks for i in (1, 2))
         losses["pkkd"]["taps"] = taps
-    recipe = update.Recipe(
+    recipe = Recipe(
         student=network("conv" if case.startswith("CNN") else "adder"),
         teacher=network("conv") if joint else None,
         teacher_learns=joint and not case.endswith(FIXED),
@@ -79,10 +80,10 @@ def jax_step(case: str, depth: int, batch_size: int, image_size: int = 32):
     labels = rng.integers(0, classes, batch_size).astype(np.int32)
     teacher = None
     if case.endswith(FIXED):
-        teacher = update.init_network(recipe.teacher, jax.random.key(0), images.shape[1:])
-    state = devices.replicate(update.init_state(recipe, images[:256], teacher))
+        teacher = init_network(recipe.teacher, jax.random.key(0), images.shape[1:])
+    state = devices.replicate(init_state(recipe, images[:256], teacher))
     batch = {"image": images[None, None], "label": labels[None, None]}
-    mapped = devices.pmap(update.joint_update(recipe), update.hyperparameters(recipe), donate=True)
+    mapped = devices.pmap(update.joint_update(recipe), hyperparameters(recipe), donate=True)
 
     def step():
         nonlocal state

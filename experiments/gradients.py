@@ -22,9 +22,10 @@ from flax import linen
 from jax import lax
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, devices, diagnosis, experiment, runs, update
+from pkkd_jax import checkpoint, devices, diagnosis, experiment, runs
 from pkkd_jax.names import UserError
 from pkkd_jax.ops.adder import adder_conv
+from pkkd_jax.recipe import hyperparameters
 
 
 class TrueFilters(linen.Module):
@@ -112,7 +113,7 @@ def cosines(
     found: dict[tuple[str, str], dict[str, np.ndarray]] = {}
     for name, conv in layers.items():
         recipe = dataclasses.replace(built.recipe, student=built.recipe.student.clone(conv=conv))
-        mapped = devices.pmap(diagnosis.student_gradients(recipe), update.hyperparameters(recipe))
+        mapped = devices.pmap(diagnosis.student_gradients(recipe), hyperparameters(recipe))
         every = []
         first = int(state.step)
         for batch in built.splits.train_batches(first, first + batches):

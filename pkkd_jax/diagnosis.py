@@ -9,10 +9,11 @@ from jax import lax
 
 from pkkd_jax import devices, update
 from pkkd_jax.devices import AXIS
+from pkkd_jax.recipe import Recipe, forward, hyperparameters
 from pkkd_jax.state import DistillState
 
 
-def first_not_finite(recipe: update.Recipe, state: DistillState, batch) -> str:
+def first_not_finite(recipe: Recipe, state: DistillState, batch) -> str:
     """What is not finite first in the update of `state` by `batch`, in words.
 
     Responses of the teacher's and then of the student's layers are looked at in the order of the
@@ -37,7 +38,7 @@ def first_not_finite(recipe: update.Recipe, state: DistillState, batch) -> str:
                     continue
                 variables = {"params": params[name], "batch_stats": stats[name]}
                 model = update.synchronised(model) if train else model
-                outputs, _ = update.forward(model, variables, images, train, key)
+                outputs, _ = forward(model, variables, images, train, key)
                 layers[name] = list(outputs.features)
                 for tap, response in outputs.features.items():
                     note(f"the {name}'s response of {tap} is", response)
@@ -56,7 +57,7 @@ def first_not_finite(recipe: update.Recipe, state: DistillState, batch) -> str:
         texts[:] = found
         return lax.pmin(jnp.array(list(found.values())).astype(jnp.int32), AXIS)
 
-    fine = jax.device_get(devices.pmap(look, update.hyperparameters(recipe))(state, batch))
+    fine = jax.device_get(devices.pmap(look, hyperparameters(recipe))(state, batch))
     return next((t for t, f in zip(texts, fine, strict=True) if not f), "the new parameters are")
 
 
@@ -67,7 +68,7 @@ def _place(path: str, layers: list[str]) -> int:
     return next((i for i, head in enumerate(heads) if path.startswith(head)), len(layers))
 
 
-def student_gradients(recipe: update.Recipe) -> Callable:
+def student_gradients(recipe: Recipe) -> Callable:
     """Makes `(state, batch, hyperparameters) -> gradients` of each of the student's losses alone.
 
     To be mapped by `pmap`. They are of the first micro-batch of `batch`: loss -> layer -> array, of
@@ -106,7 +107,7 @@ def student_gradients(recipe: update.Recipe) -> Callable:
     return gradients
 
 
-def gradient_shares(recipe: update.Recipe) -> Callable:
+def gradient_shares(recipe: Recipe) -> Callable:
     """Makes `(state, batch, hyperparameters) -> shares` of the student's losses in its gradient.
 
         share of loss i in a layer = <g_i, g> / <g, g>,   g = sum_i g_i

@@ -18,6 +18,7 @@ from absl import logging
 from flax import linen, traverse_util
 
 from pkkd_jax import checkpoint, data, devices, evaluation, experiment, models, names, runs
+from pkkd_jax.splits import Splits
 
 
 def evaluate(
@@ -102,7 +103,7 @@ def _read(
     batch_size: int = 0,
     split: str = "test",
     trust: bool = False,
-) -> tuple[dict, experiment.Splits]:
+) -> tuple[dict, Splits]:
     """The configuration of a run and its data; arguments as of `evaluate`."""
     if batch_size < 0:
         raise names.UserError(f"{batch_size=}: it must be 0 (the run's own) or more")
@@ -128,11 +129,11 @@ def _read(
     size = batch_size or config["batch_size"]
     size = -(-size // jax.device_count()) * jax.device_count()
     seed, workers = config["seed"], config["workers"]
-    return config, experiment.Splits(train, judged, split, size, seed, workers, damage)
+    return config, Splits(train, judged, split, size, seed, workers, damage)
 
 
 def _network(
-    run_dir: str, config: dict, which: str, step: str | int, splits: experiment.Splits, trust: bool
+    run_dir: str, config: dict, which: str, step: str | int, splits: Splits, trust: bool
 ) -> tuple[linen.Module, dict]:
     """A network of a run, which must fit its checkpoint and the images of `splits`."""
     keywords = runs.network_arguments(config, which)

@@ -13,7 +13,8 @@ from jax import lax
 from pkkd_jax import data, devices
 from pkkd_jax.devices import AXIS
 from pkkd_jax.experiment import Splits
-from pkkd_jax.update import forward, synchronised
+from pkkd_jax.recipe import forward
+from pkkd_jax.update import synchronised
 
 
 def evaluate_networks(

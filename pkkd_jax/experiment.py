@@ -1,103 +1,21 @@
 """A configuration, checked and built: data, networks, losses, optimisers, steps."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import jax
 import numpy as np
 import optax
-from flax import linen, traverse_util
+from flax import linen
 from ml_collections import ConfigDict
 
-from pkkd_jax import checkpoint, data, distill, distributed, models, optim, runs
+from pkkd_jax import checkpoint, checks, data, distill, distributed, models, optim, runs
 from pkkd_jax import config as config_lib
-from pkkd_jax import update as update_lib
-from pkkd_jax.names import UserError, unknown
+from pkkd_jax.names import UserError
 from pkkd_jax.ops import adder
+from pkkd_jax.recipe import Recipe, init_state
+from pkkd_jax.splits import Splits
 from pkkd_jax.state import DistillState
-
-CHOICES = {
-    "teacher.mode": ("progressive", "fixed", "snapshot", "none"),
-    "teacher.which": ("student", "teacher"),
-}
-# Leaf to whether a value is allowed, and what is.
-NUMBERS = {
-    "max_damaged": (lambda v: v >= 0, "0 (none) or more"),
-    "seed": (lambda v: 0 <= v < 2**32, "from 0 to 2**32 - 1"),
-    "batch_size": (lambda v: v >= 1, "1 or more, for example 256"),
-    "accumulate_steps": (lambda v: v >= 1, "1 or more"),
-    "steps": (lambda v: v >= 0, "0 (as many as config.epochs makes) or more"),
-    "workers": (lambda v: v >= 0, "0 (threads) or more"),
-    "alpha": (lambda v: v >= 0, "0 (no labels) or more"),
-    "label_smoothing": (lambda v: 0 <= v < 1, "from 0 to below 1"),
-    "optim.cycles": (lambda v: v >= 1, "1 or more"),
-    "optim.weight_decay": (lambda v: v >= 0, "0 (none) or more"),
-    "optim.adder_eta": (lambda v: v > 0, "above 0"),
-    "optim.warmup_steps": (lambda v: v >= 0, "0 (no warm-up) or more"),
-    "eval.every_epochs": (lambda v: v > 0, "above 0"),
-    "eval.recalibrate_batches": (lambda v: v >= 0, "0 (off) or more"),
-    "eval.pictures": (lambda v: v >= 0, "0 (none) or so many evaluations"),
-    "checkpoint_every_s": (lambda v: v >= 0, "0 (after every step) or more"),
-    "skip_not_finite": (lambda v: v >= 0, "0 (stop at the first) or more"),
-    "watchdog_s": (lambda v: v >= 0, "0 (off) or more"),
-    "log_every_steps": (lambda v: v >= 1, "1 or more"),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Splits:
-    """Both splits of a data set, and how they are cut into batches.
-
-    Attributes:
-      train: images to learn from, and to recalibrate BatchNorm with.
-      test: images to evaluate on.
-      judge: what they are, "test" or "validation", the first word of their figures.
-      batch_size: over all devices.
-      seed: of the order of training images and of their crops.
-      workers: processes that decode images.
-      damage: counts examples that cannot be read.
-    """
-
-    train: data.Source
-    test: data.Source
-    judge: str
-    batch_size: int
-    seed: int
-    workers: int
-    damage: data.Damage
-
-    @property
-    def augmentation(self) -> dict:
-        """Keywords of `data.augment` for the training images."""
-        source = self.train
-        return {"augmentation": source.augmentation, "mean": source.mean, "std": source.std}
-
-    def train_batches(self, start: int, stop: int, accumulate_steps: int = 1):
-        """Training batches of the steps from `start` to before `stop`."""
-        return data.train_batches(
-            self.train,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            start_step=start,
-            stop_step=stop,
-            num_devices=jax.device_count(),
-            device_slice=_local_devices(),
-            accumulate_steps=accumulate_steps,
-            workers=self.workers,
-            damage=self.damage,
-        )
-
-    def test_batches(self):
-        """All test images, each once."""
-        return data.eval_batches(
-            self.test,
-            batch_size=self.batch_size,
-            num_devices=jax.device_count(),
-            device_slice=_local_devices(),
-            workers=self.workers,
-            damage=self.damage,
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +36,7 @@ class Experiment:
 
     config: dict
     splits: Splits
-    recipe: update_lib.Recipe
+    recipe: Recipe
     teacher_variables: dict | None
     parameters: dict[str, int]
     total_steps: int
@@ -130,12 +48,7 @@ class Experiment:
         train = self.splits.train
         count = min(self.config["batch_size"], 256, len(train))
         images, _ = data.take(train, np.arange(count), self.splits.damage)
-        return update_lib.init_state(self.recipe, images, self.teacher_variables)
-
-
-def _local_devices() -> tuple[int, int]:
-    count = jax.local_device_count()
-    return jax.process_index() * count, (jax.process_index() + 1) * count
+        return init_state(self.recipe, images, self.teacher_variables)
 
 
 def build(config: ConfigDict) -> Experiment:
@@ -145,7 +58,7 @@ def build(config: ConfigDict) -> Experiment:
       UserError: for whatever the configuration asks for and cannot have.
     """
     plain = config_lib.to_json(config)
-    _check(plain)
+    checks.check(plain)
     damage = data.Damage(plain["max_damaged"])
     train = data.build_source("train", damage, **plain["data"])
     judge = "validation" if plain["data"].setdefault("validation", 0) else "test"
@@ -190,7 +103,7 @@ def build(config: ConfigDict) -> Experiment:
         arguments["warmup_steps"],
         cycles,
     )
-    recipe = update_lib.Recipe(
+    recipe = Recipe(
         student=networks["student"],
         teacher=teacher,
         teacher_learns=mode == "progressive",
@@ -218,46 +131,6 @@ def shapes(model: linen.Module, image_shape: tuple[int, ...]) -> dict:
     """Shapes of the variables of `model`, which refuses images that it cannot take."""
     images = jax.ShapeDtypeStruct((2, *image_shape), np.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
-
-
-def _leaf(config: dict, path: str):
-    for key in path.split("."):
-        config = config[key]
-    return config
-
-
-def _check(config: dict) -> None:
-    for path, value in traverse_util.flatten_dict(config, sep=".").items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"config.{path}={value}: it must be finite")
-    for path, allowed in CHOICES.items():
-        if _leaf(config, path) not in allowed:
-            raise unknown(f"config.{path}", _leaf(config, path), allowed)
-    for path, (is_allowed, allowed) in NUMBERS.items():
-        if not is_allowed(_leaf(config, path)):
-            raise UserError(f"config.{path}={_leaf(config, path)}: it must be {allowed}")
-    if config["teacher"]["mode"] == "snapshot" and config["optim"]["cycles"] < 2:
-        raise UserError(
-            "config.teacher.mode='snapshot' with config.optim.cycles=1: the teacher is the student"
-            " at the end of the cycle before; set config.optim.cycles to 2 or more"
-        )
-    if config["steps"] == 0 and not config["epochs"] > 0:
-        raise UserError(
-            f"config.steps=0 and config.epochs={config['epochs']}: one of them must be positive"
-        )
-    run_dir, mode = config["teacher"]["run_dir"], config["teacher"]["mode"]
-    if run_dir and mode != "fixed":
-        raise UserError(
-            f"config.teacher.run_dir={run_dir!r} with config.teacher.mode={mode!r}, which has no"
-            " use for it: set config.teacher.mode to 'fixed', or leave the directory out"
-        )
-    devices, batch_size = jax.device_count(), config["batch_size"]
-    parts = devices * config["accumulate_steps"]
-    if batch_size % parts:
-        raise UserError(
-            f"config.batch_size={batch_size} does not divide among {devices} devices and"
-            f" {config['accumulate_steps']} micro-batches: choose a multiple of {parts}"
-        )
 
 
 def _fixed_teacher(config: dict, model: linen.Module, image_shape: tuple[int, ...]) -> dict:

@@ -30,6 +30,7 @@ from pkkd_jax import (
 from pkkd_jax import config as config_lib
 from pkkd_jax import update as update_lib
 from pkkd_jax.names import UserError
+from pkkd_jax.recipe import hyperparameters
 from pkkd_jax.state import DistillState
 
 
@@ -146,7 +147,7 @@ def _loop(built, state, checkpoints, writer, watchdog, at_interval, at_signal, a
     ahead = 0 if jax.default_backend() == "cpu" else 2
     unchecked: collections.deque = collections.deque()  # steps that may be under way, and figures
     skipped = 0
-    state, given = devices.replicate(state), update_lib.hyperparameters(built.recipe)
+    state, given = devices.replicate(state), hyperparameters(built.recipe)
     update = devices.pmap(update_lib.joint_update(built.recipe), given, donate=True)
     agreement = stopping.Agreement(ahead)
 

@@ -10,6 +10,7 @@ import pytest
 from pkkd_jax import config as config_lib
 from pkkd_jax import data, devices, experiment, update
 from pkkd_jax.data.arrays import ArraySource
+from pkkd_jax.recipe import hyperparameters, init_state
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 SOURCES = {"digits": (8, 1, 10), "cifar10": (32, 3, 10), "cifar100": (32, 3, 100),
@@ -45,7 +46,7 @@ def test_config_builds_and_its_update_keeps_shapes(name, argument, monkeypatch):
     assert config.is_locked
     built = experiment.build(config)
     images = np.zeros((8, *built.splits.train.image_shape), np.uint8)
-    state = jax.eval_shape(lambda: update.init_state(built.recipe, images))
+    state = jax.eval_shape(lambda: init_state(built.recipe, images))
     shape = (4, 1, 2)
     batch = {
         "image": jax.ShapeDtypeStruct((*shape, *images.shape[1:]), np.uint8),
@@ -57,7 +58,7 @@ def test_config_builds_and_its_update_keeps_shapes(name, argument, monkeypatch):
         in_axes=(None, 0, None),
         out_axes=None,
     )
-    after, metrics = jax.eval_shape(mapped, state, batch, update.hyperparameters(built.recipe))
+    after, metrics = jax.eval_shape(mapped, state, batch, hyperparameters(built.recipe))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(
         lambda a: (a.shape, a.dtype), state
     )

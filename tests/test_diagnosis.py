@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from test_update import batch, examples, initial, recipe
 
-from pkkd_jax import devices, diagnosis, distill, update
+from pkkd_jax import devices, diagnosis, distill
+from pkkd_jax.recipe import hyperparameters, init_state
 
 
 def gradient_shares(the_recipe, state):
-    mapped = devices.pmap(diagnosis.gradient_shares(the_recipe), update.hyperparameters(the_recipe))
+    mapped = devices.pmap(diagnosis.gradient_shares(the_recipe), hyperparameters(the_recipe))
     return jax.device_get(mapped(state, batch(1)))
 
 
@@ -21,7 +22,7 @@ def test_a_gradient_that_is_not_finite_is_looked_for_in_the_order_of_the_backwar
 
     odd = distill.Distiller(lambda *arguments: {}, apply)
     broken = recipe(losses={"odd": (1.0, odd)})
-    state = update.init_state(broken, examples()[0])
+    state = init_state(broken, examples()[0])
     found = diagnosis.first_not_finite(broken, jax.device_get(state), batch(1))
     assert found == "the student's gradient of stage3_block1.conv1.filters is"
 

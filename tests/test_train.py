@@ -55,8 +55,8 @@ def test_the_run_directory_is_complete(finished):
     assert results["steps"] == 12
     assert results["wall_s"] > 0
     (start,) = results["starts"]
-    assert start == {"step": 0, **provenance.origin()}
-    assert start["versions"]["pkkd_jax"] == provenance.version()
+    assert start["step"] == 0
+    assert start["versions"] == provenance.origin()["versions"]
     assert f"adder op: {cpu.selected()}" in start["device"]
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert any("train/student/loss_mid" in row for row in rows)

@@ -18,6 +18,7 @@ from pkkd_jax.distill.pkkd import pkkd
 from pkkd_jax.distill.pkt import pkt
 from pkkd_jax.distill.relational import relational
 from pkkd_jax.distill.similarity import similarity_preserving
+from pkkd_jax.recipe import Recipe, hyperparameters, init_state
 
 AUGMENTATION = dict(augmentation="crop_flip", mean=(120.0,) * 3, std=(60.0,) * 3)
 
@@ -35,7 +36,7 @@ def recipe(**changes):
         augmentation=AUGMENTATION,
         seed=0,
     )
-    return update.Recipe(**{**fields, **changes})
+    return Recipe(**{**fields, **changes})
 
 
 def examples(count=16, seed=0):
@@ -54,11 +55,11 @@ def batch(count, micro_batches=1):
 
 @functools.cache
 def initial():
-    return jax.device_get(update.init_state(recipe(), examples()[0]))
+    return jax.device_get(init_state(recipe(), examples()[0]))
 
 
 def run(the_recipe, state, count=1, steps=2, micro_batches=1):
-    step = devices.pmap(update.joint_update(the_recipe), update.hyperparameters(the_recipe))
+    step = devices.pmap(update.joint_update(the_recipe), hyperparameters(the_recipe))
     for _ in range(steps):
         state, metrics = step(state, batch(count, micro_batches))
         state, metrics = jax.device_get((state, metrics))
@@ -112,7 +113,7 @@ def test_the_update_compiles_once():
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, duration, **_: compiled.append(event) if "backend_compile" in event else None
     )
-    given = update.hyperparameters(recipe())
+    given = hyperparameters(recipe())
     step = devices.pmap(update.joint_update(recipe()), given, donate=True)
     state, counts = devices.replicate(initial()), []
     for _ in range(3):
@@ -133,14 +134,14 @@ def test_seed_and_weights_share_one_program():
             in_axes=(None, 0, None),
             out_axes=None,
         )
-        return jax.jit(mapped).lower(initial(), batch(1), update.hyperparameters(the_recipe))
+        return jax.jit(mapped).lower(initial(), batch(1), hyperparameters(the_recipe))
 
     losses = {"pkkd": (3.0, pkkd()), "kd": (0.0, kd())}
     other = recipe(seed=5, alpha=0.5, losses=losses)
     text = program(recipe()).as_text()
     assert program(other).as_text() == text
     assert program(recipe(label_smoothing=0.1)).as_text() != text
-    state = jax.device_get(update.init_state(other, examples()[0]))
+    state = jax.device_get(init_state(other, examples()[0]))
     assert differs(run(other, state, steps=1)[0].student, run(recipe(), state, steps=1)[0].student)
 
 
@@ -168,7 +169,7 @@ def test_the_teacher_learns_the_same_whatever_is_distilled():
         "correlation_congruence": correlation_congruence(),
     }
     others = recipe(losses={name: (10.0, loss) for name, loss in losses.items()})
-    state = jax.device_get(update.init_state(others, examples()[0]))
+    state = jax.device_get(init_state(others, examples()[0]))
     assert_close(run(others, state)[0].teacher, one_device()[0].teacher, 1e-6)
 
 
@@ -200,7 +201,7 @@ def test_a_snapshot_teacher_is_the_student_of_the_last_cycle():
         teacher=adder, teacher_learns=False, losses={"kd": (1.0, kd())}, snapshots=(2,)
     )
     alone = recipe(teacher=None, losses={})
-    start = jax.device_get(update.init_state(snapshot, examples()[0]))
+    start = jax.device_get(init_state(snapshot, examples()[0]))
     after = {steps: run(snapshot, start, steps=steps)[0] for steps in (1, 2, 3)}
     assert_equal(after[1].teacher.variables, start.teacher.variables)
     assert_equal(after[2].teacher.variables, after[2].student.variables)
@@ -214,7 +215,7 @@ def test_a_snapshot_teacher_is_the_student_of_the_last_cycle():
 def test_a_weight_by_step_is_that_of_the_step():
     ramp = recipe(losses={"kd": (lambda step: jnp.where(step < 1, 0.0, 1.0), kd())})
     constant = {weight: recipe(losses={"kd": (weight, kd())}) for weight in (0.0, 1.0)}
-    start = jax.device_get(update.init_state(ramp, examples()[0]))
+    start = jax.device_get(init_state(ramp, examples()[0]))
     one = run(ramp, start, steps=1)[0]
     assert_close(one.student, run(constant[0.0], start, steps=1)[0].student, 1e-6)
     two = run(ramp, start, steps=2)[0]
@@ -235,7 +236,7 @@ def test_what_a_loss_learns_is_the_same_for_every_weight(weight):
 
 def test_a_network_trains_alone():
     alone = recipe(teacher=None, losses={})
-    state = jax.device_get(update.init_state(alone, examples()[0]))
+    state = jax.device_get(init_state(alone, examples()[0]))
     after, metrics = run(alone, state)
     assert after.teacher is None
     assert set(metrics) == {"student/loss", "student/loss_ce", "student/accuracy", "finite"}
