@@ -17,6 +17,7 @@ import tomllib
 from pathlib import Path
 
 from experiments import report, table
+from experiments.cells import Cells, collect
 from pkkd_jax import analysis, metrics
 from pkkd_jax.names import UserError
 
@@ -161,7 +162,7 @@ def tabulate(block: dict, out: Path, leaves: list[str]) -> tuple[str, dict[str, 
     words = ["python", "-m", "experiments.table", block["table"], f"--epochs={epochs}"]
     words += [f"--seeds={seeds}", *leaves, f"--columns={content['columns'][0]}"]
     words += [f"--rows={';'.join(rows)}"] if "rows" in block else []
-    found = table.collect(content, table.Cells(out, leaves, epochs, ""), seeds)
+    found = collect(content, Cells(out, leaves, epochs, ""), seeds)
     text = report.markdown(content, found, shlex.join([*words, f"--out={out}"]))
     text = f"#{text}".replace("\n", f", {epochs} epochs\n", 1)
     if any(found.values()):

@@ -17,7 +17,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from pkkd_jax import analysis, checkpoint, command, distributed, memory, names, train
+from pkkd_jax import analysis, checkpoint, command, distributed, memory, names, stopping, train
 
 USAGE = (
     "python -m pkkd_jax.main --config=configs/quickstart.py [--workdir=DIR] [--config.LEAF=VALUE]"
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> int:
             config, workdir, _print_start, at_interval, at_end, at_signal, at_picture
         )
         return 0
-    except train.Interrupted as stop:
+    except stopping.Interrupted as stop:
         message, status = f"{stop}; the same command goes on from there", 128 + stop.signum
         agreed = True
     except KeyboardInterrupt:

@@ -15,6 +15,19 @@ import numpy as np
 from pkkd_jax import devices, distributed
 
 
+class Interrupted(Exception):
+    """A signal asked the training to stop; it has been saved.
+
+    Attributes:
+      signum: the signal.
+      step: the step that was saved.
+    """
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"stopped by {signal.Signals(signum).name} and saved at step {step}")
+        self.signum, self.step = signum, step
+
+
 @contextlib.contextmanager
 def signals(at_signal: Callable[[str], None]):
     """Yields a list that receives the first SIGINT or SIGTERM; a second one acts at once."""

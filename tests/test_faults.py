@@ -24,6 +24,7 @@ from pkkd_jax import (
     evaluation,
     main,
     metrics,
+    stopping,
     train,
     update,
 )
@@ -71,7 +72,7 @@ def test_a_signal_is_obeyed_at_the_next_step(tmp_path):
 
     config, workdir, _ = main.parse(command(tmp_path / "run"))
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(train.Interrupted) as stopped:
+    with pytest.raises(stopping.Interrupted) as stopped:
         train.train_and_evaluate(config, workdir, at_interval=stop)
     assert stopped.value.step == 1
     checkpoints = checkpoint.Checkpoints(workdir)
@@ -90,7 +91,7 @@ def test_a_signal_is_obeyed_while_evaluating_which_is_made_up_for(finished, tmp_
         return whole(*arguments)
 
     monkeypatch.setattr(evaluation, "evaluate", interrupted)
-    with pytest.raises(train.Interrupted) as stopped:
+    with pytest.raises(stopping.Interrupted) as stopped:
         train.train_and_evaluate(config, workdir)
     assert stopped.value.step == 4
     monkeypatch.undo()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from experiments import results, table
+from experiments.cells import training_accuracy
 from pkkd_jax import analysis
 
 KNOWN = tomllib.loads((results.HERE / "claims.toml").read_text())
@@ -129,6 +130,4 @@ def test_training_accuracy_is_the_mean_before_each_evaluation():
     leaf = "train/student/accuracy"
     rows = [{"step": step, leaf: a} for step, a in [(1, 0.1), (4, 0.2), (6, 0.4), (7, 0.7)]]
     rows += [{"step": 10, leaf: 0.9}]
-    assert table.training_accuracy(rows, [7, 10]) == pytest.approx(
-        [(3 * 0.2 + 2 * 0.4 + 0.7) / 6, 0.9]
-    )
+    assert training_accuracy(rows, [7, 10]) == pytest.approx([(3 * 0.2 + 2 * 0.4 + 0.7) / 6, 0.9])

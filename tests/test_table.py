@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import report, table
+from experiments.cells import Cells, collect, read
 from pkkd_jax import main
 from pkkd_jax.names import UserError
 
@@ -30,7 +31,7 @@ def cell(**changes):
 @pytest.mark.parametrize("name", TABLES)
 def test_every_row_is_a_configuration(name, tmp_path):
     found = table.load(name)
-    cells = table.Cells(tmp_path, ["--config.batch_size=128"], 6, "")
+    cells = Cells(tmp_path, ["--config.batch_size=128"], 6, "")
     places = set()
     for column in found["columns"]:
         for row in found["rows"].values():
@@ -56,8 +57,8 @@ def test_every_published_figure_has_a_row_and_a_source():
 
 def test_a_row_that_is_only_published_has_no_cell_of_its_configuration():
     found = table.load("response1")
-    cells = table.Cells(ROOT / "experiments" / "results", ["--config.batch_size=128"], 30, "")
-    collected = table.collect(found, cells, 1)
+    cells = Cells(ROOT / "experiments" / "results", ["--config.batch_size=128"], 30, "")
+    collected = collect(found, cells, 1)
     assert len(collected["PKKD", "cifar10"]) == 1
     added = {name: row["kd"] for name, row in found["rows"].items()}
     assert (added["PKKD"], added["ANN"], added["unnamed baseline [25]"]) == ("yes", "no", "")
@@ -65,7 +66,7 @@ def test_a_row_that_is_only_published_has_no_cell_of_its_configuration():
 
 
 def test_a_row_with_a_teacher_takes_it_from_that_rows_run(tmp_path):
-    found, cells = table.load("response5"), table.Cells(tmp_path, [], 0, "")
+    found, cells = table.load("response5"), Cells(tmp_path, [], 0, "")
     config, _, _ = main.parse(
         cells.command(found, found["rows"]["kernel, fixed"], "cifar10", 1)[2:]
     )
@@ -75,7 +76,7 @@ def test_a_row_with_a_teacher_takes_it_from_that_rows_run(tmp_path):
 
 
 def test_every_cell_has_a_name_of_its_own_that_a_file_system_takes(tmp_path):
-    cells = table.Cells(tmp_path, ["--config.batch_size=128"], 6, "")
+    cells = Cells(tmp_path, ["--config.batch_size=128"], 6, "")
     for name in tomllib.loads((report.HERE / "tables.toml").read_text()):
         found = table.load(name)
         rows = [row for row in found["rows"].values() if not row["published_only"]]
@@ -159,12 +160,12 @@ def test_means_and_deviations_stand_beside_what_was_published():
 def test_a_cell_that_went_on_elsewhere_has_no_speed(tmp_path):
     stored = table.HERE / "results" / "cifar10-batch-size-128-epochs-6" / "resnet20" / "seed0"
     shutil.copytree(stored, tmp_path, dirs_exist_ok=True)
-    assert table.read(tmp_path)["epoch_s"] > 0
+    assert read(tmp_path)["epoch_s"] > 0
     path = tmp_path / "results.json"
     found = json.loads(path.read_text())
     found["starts"].append({**found["starts"][0], "step": 900, "device": "1 gpu"})
     path.write_text(json.dumps(found))
-    assert math.isnan(table.read(tmp_path)["epoch_s"])
+    assert math.isnan(read(tmp_path)["epoch_s"])
 
 
 def test_a_table_says_where_its_runs_were_made():
