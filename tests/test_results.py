@@ -57,6 +57,8 @@ def test_each_quantity_has_its_own_comparison():
     assert results.check({**time, "bound": 1.6}, cells)[0][1] == "1.50 times: holds"
     verdicts = [line[1] for line in results.check({**time, "worse": ["c", "moved", "none"]}, cells)]
     assert verdicts == ["made on different devices"] * 2 + ["not run"]
+    cells["both"] = [cell(epoch_s=2.0), cell(epoch_s=9.0, device="1 gpu"), *cells["moved"]]
+    assert results.check({**time, "worse": ["both"]}, cells)[0][1] == "1.50 times: does not hold"
     assert results.check({"quantity": "filters", "better": "a"}, cells) == [
         ("student's layers", "3 laplace, 1 gauss: holds"),
         ("teacher's layers", "3 laplace, 1 gauss: does not hold"),
