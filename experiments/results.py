@@ -126,13 +126,17 @@ def compare_time(better: list[dict], worse: list[dict], bound: float) -> str:
     """
     if not better or not worse:
         return "not run"
-    times: list[dict] = [{}, {}]  # by device
-    for by_device, side in zip(times, (better, worse), strict=True):
-        for cell in side:
-            if not math.isnan(cell["epoch_s"]):
-                by_device.setdefault(cell["device"], []).append(cell["epoch_s"])
-    ours, theirs = times
-    ratios = [statistics.mean(ours[d]) / statistics.mean(theirs[d]) for d in ours.keys() & theirs]
+
+    def times(cells):
+        timed = [cell for cell in cells if not math.isnan(cell["epoch_s"])]
+        devices = {cell["device"] for cell in timed}
+        return {
+            device: statistics.mean(each["epoch_s"] for each in timed if each["device"] == device)
+            for device in devices
+        }
+
+    ours, theirs = times(better), times(worse)
+    ratios = [ours[device] / theirs[device] for device in ours.keys() & theirs]
     if not ratios:
         return "made on different devices"
     ratio = statistics.mean(ratios)
