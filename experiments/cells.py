@@ -112,6 +112,7 @@ def read(run_dir: Path) -> dict | None:
         "accuracy": 100 * results[leaf],
         "top5": 100 * results[f"{judge}/student/top5"],
         "uncalibrated": 100 * results[f"{leaf}_uncalibrated"],
+        "training": curve[-1][-1],
         "teacher": 100 * results.get(f"{judge}/teacher/accuracy", float("nan")),
         "device": " and ".join(devices),
         "epoch_s": examples / np.quantile(rates, 0.9) if rates else float("nan"),

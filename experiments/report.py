@@ -48,9 +48,9 @@ def markdown(table: dict, found: dict, command: str) -> str:
         lines += [
             f"**{column}**" + ", top-5 in brackets" * top5,
             "",
-            "| | KD added | accuracy, % | as trained, % | teacher, % | published, % | runs"
-            " | epoch, s |",
-            "|---|---|---|---|---|---|---|---|",
+            "| | KD added | accuracy, % | as trained, % | in training, % | teacher, %"
+            " | published, % | runs | epoch, s |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in table["rows"]:
             cells = found[row, column]
@@ -65,6 +65,7 @@ def markdown(table: dict, found: dict, command: str) -> str:
                 table["rows"][row]["kd"],
                 accuracy or ("" if table["rows"][row]["published_only"] else "not run"),
                 _spread([c["uncalibrated"] for c in cells]),
+                _spread([c["training"] for c in cells]),
                 _spread([c["teacher"] for c in cells]),
                 ", ".join(
                     f"{value:.2f}{''.join(f' ({each:.2f})' for each in more)} [{sources[source]}]"
@@ -84,8 +85,10 @@ def markdown(table: dict, found: dict, command: str) -> str:
         hours = sum(cell["wall_s"] for cell in every) / 3600
         text += [
             f"Accuracy of the student on {' or '.join(judges)}, BatchNorm's statistics recalibrated"
-            " (as trained: not); mean ± standard deviation over runs. Seconds of an epoch's steps"
-            " at the rate of the fastest tenth, where all runs of a row were made on one device.",
+            " (as trained: not), and on augmented training images in the later half of the steps"
+            " before the last evaluation; mean ± standard deviation over runs. Seconds of an"
+            " epoch's steps at the rate of the fastest tenth, where all runs of a row were made on"
+            " one device.",
             "",
             *_places(every),
             "",

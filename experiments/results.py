@@ -156,7 +156,7 @@ def check(claim: dict, cells: dict[str, list[dict]]) -> list[tuple[str, str]]:
         elif quantity == "time":
             found = compare_time(better, worse, claim["bound"])
         else:
-            found = compare(*([cell["accuracy"] for cell in side] for side in (better, worse)))
+            found = compare(*([cell[quantity] for cell in side] for side in (better, worse)))
         sign = "/" if quantity == "time" else ">"
         lines.append((f"{claim['better']} {sign} {other}", found))
     return lines
