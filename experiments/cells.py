@@ -174,7 +174,7 @@ def finished(cells: Cells, table: dict, row: dict, column: str, seed: int) -> bo
       UserError: if it was made with another.
     """
     run_dir = cells.directory(table, row, column, seed)
-    if not read(run_dir):
+    if not metrics.read_json(run_dir / "results.json"):
         return False
     wanted = config_lib.to_json(cells.config(table, row, column, seed))
     theirs = runs.read_config(run_dir)

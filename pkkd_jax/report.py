@@ -89,9 +89,9 @@ def _results(run_dirs: dict[str, Path]) -> str:
         found = _figures(run_dir)
         places = []
         for start in found.get("starts", []):
-            names = (f"{name} {start['versions'][name]}" for name in ("jax", "pkkd_jax"))
+            versions = (f"{name} {start['versions'][name]}" for name in ("jax", "pkkd_jax"))
             since = f"from step {start['step']:,} on: " if places else ""
-            places.append(since + ", ".join([start["device"], *names]))
+            places.append(since + ", ".join([start["device"], *versions]))
         made.append(f"{label}: {', '.join(places) or 'not finished'}")
         step = found.get("steps", found.get("step", 0))
         for which in ("student", "teacher"):
