@@ -14,10 +14,10 @@ the teacher's own accuracy in brackets; README has the commands of six epochs, a
     10       pkkd, config.distill.pkkd.kernel=False     81.9% (82.5%)
     30       attention_transfer+kd                      86.6% (87.0%)
 
-PKKD with a teacher that learns beside has 76.6, 80.5 and 85.1% after 6, 10 and 30 epochs, the
-adder network alone 74.4, 79.5 and 85.1%. On one core of an EPYC with AVX-512 an epoch takes the
-network alone 99 s, PKKD 208 s and a student beside a fixed teacher 126 to 159 s; on an H200 the
-bare step of PKKD at batch 256 makes 25,700 images a second.
+PKKD with a teacher that learns beside has 76.6, 80.5 and 85.1% after 6, 10 and 30 epochs (one, two
+and three runs), the adder network alone 74.4, 79.5 and 85.1%. On one core of an EPYC with AVX-512
+an epoch takes the network alone 99 s, PKKD 208 s and a student beside a fixed teacher 126 to 159 s;
+on an H200 the bare step of PKKD at batch 256 makes 25,700 images a second.
 """
 
 from pkkd_jax import config as config_lib

@@ -88,7 +88,7 @@ def markdown(table: dict, found: dict, command: str) -> str:
             " (as trained: not), and on augmented training images in the later half of the steps"
             " before the last evaluation; mean ± standard deviation over runs. Seconds of an"
             " epoch's steps at the rate of the fastest tenth, where all runs of a row were made on"
-            " one device.",
+            " one device, which may be another in the next row.",
             "",
             *_places(every),
             "",

@@ -25,12 +25,19 @@ HERE = Path(__file__).parent
 IMAGES = 512  # of which similarity is taken: fewer make it larger
 HEAD = """# Results
 
-The paper's claims, as far as runs of this project have come to them. Written by
-`python -m experiments.results` from the cells in `{cells}/`, not by hand; each table has its
-command, which goes on from the cells that are there (with `TFDS_DATA_DIR` set). The data are
-CIFAR-10 as JPEG copies (quality 75), on which accuracies are a little lower than on the original,
-and schedules are short where the published ones have 400 epochs. The paper's own figures are means
-of five runs.
+The claims of PKKD's paper (Xu et al., NeurIPS 2020) and of its authors' response to the reviews, as
+far as runs of this project have come to them. Written by `python -m experiments.results` from the
+cells in `{cells}/`, not by hand; each table has its command, which goes on from the cells that are
+there (with `TFDS_DATA_DIR` set). The data are CIFAR-10 as JPEG copies (quality 75), on which
+accuracies are a little lower than on the original, and schedules are short where the published ones
+have 400 epochs. The paper's own figures are means of five runs.
+
+ANN is the adder network, CNN its convolutional twin, KD distillation by logits, PKKD KD and the
+loss on features after the kernel ("no kernel": on the features as they are). A teacher is
+progressive, trained beside the student, or fixed, trained before; it is the CNN where nothing else
+is said. The paper writes K and P for kernel and progressive, and NK and NP without. Beta is the
+weight of PKKD's loss on features, 1 where nothing is said. Tables of one run a row have seed 0,
+also where another table has more.
 
 ## Claims
 
