@@ -104,7 +104,7 @@ def test_results_say_what_is_there_and_what_is_not(tmp_path, monkeypatch, capsys
     assert "| claim |  | 6 epochs | 10 epochs | 30 epochs |" in text
     claim = "The kernel helps (K > NK) | kernel, progressive > no kernel, progressive"
     assert f"| {claim} |  | {with_kernel - without:+.2f} | not run |" in text
-    several = "with a fixed teacher where they have one | PKKD > ANN with dropout | not run |  | not run |\n"
+    several = "where they have one | PKKD > ANN with dropout | not run |  | not run |\n"
     assert f"{several}|  | PKKD > snapshot distillation | not run |" in text
     assert f"| kernel, progressive | yes | {with_kernel:.2f} |" in text
     assert "| kernel, fixed | yes | not run |" in text
