@@ -86,7 +86,7 @@ def markdown(table: dict, found: dict, command: str) -> str:
         text += [
             f"Accuracy of the student on {' or '.join(judges)}, BatchNorm's statistics recalibrated"
             " (as trained: not), and on augmented training images in the later half of the steps"
-            " before the last evaluation; mean ± standard deviation over runs. Seconds of an"
+            " between the last two evaluations; mean ± standard deviation over runs. Seconds of an"
             " epoch's steps at the rate of the fastest tenth, where all runs of a row were made on"
             " one device, which may be another in the next row.",
             "",
